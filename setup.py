@@ -28,7 +28,7 @@ if cuda and not torch.cuda.is_available():
 print(f"fastnas: building against torch {torch.__version__} ({'CPU and CUDA' if cuda else 'CPU'})", flush=True)
 
 defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(["-DFASTNAS_CUDA", "-DUSE_CUDA"] if cuda else [])]
-warnings = ["-Wall", "-Wextra", "-Werror=return-type", "-Wno-unknown-pragmas", "-Wno-psabi"]
+warnings = ["-Wall", "-Wextra", "-Werror=return-type", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"]
 cxx = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fopenmp-simd", *warnings, *defines]
 nvcc = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xcompiler=-fvisibility=hidden", *defines]
 x86 = platform.machine().lower() in ("x86_64", "amd64")
