@@ -1,0 +1,231 @@
+"""Genotype: a discrete architecture of the DARTS family, and its two written forms."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_MAX_NODES = 1000  # a written range() is expanded, so its length is bounded before that
+
+
+class Genotype(NamedTuple):
+    """A normal and a reduction cell.
+
+    ``normal`` and ``reduce`` list the kept edges as ``(op, input)``, two a node: entries 2n and 2n + 1 belong to node
+    n, which is state n + 2. Inputs 0 and 1 are the outputs of the two previous cells, 2, 3, ... the nodes before.
+    ``normal_concat`` and ``reduce_concat`` are the states that are concatenated to the cell's output.
+
+    Equality looks at the contents alone: lists, tuples and ranges are the same.
+    """
+
+    normal: Sequence[tuple[str, int]]
+    normal_concat: Sequence[int]
+    reduce: Sequence[tuple[str, int]]
+    reduce_concat: Sequence[int]
+
+    def __eq__(self, other: object) -> bool:
+        """Tells whether ``other`` (any tuple of these four fields) is the same architecture."""
+        if not isinstance(other, tuple) or len(other) != 4:
+            return NotImplemented
+        try:
+            return _key(self) == _key(other)
+        except (TypeError, ValueError):
+            return False
+
+    def __ne__(self, other: object) -> bool:
+        """Tells whether ``other`` is another architecture."""
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        """Returns a hash that agrees with equality."""
+        return hash(_key(self))
+
+    def validate(self, primitives: Iterable[str] | None = None) -> Genotype:
+        """Returns the genotype with plain lists of ``(str, int)`` and of int (a range where concat is one).
+
+        Args:
+            primitives: the operations that may occur; any, where None.
+
+        Raises:
+            ValueError: where it describes no architecture; the message names the field.
+        """
+        allowed = None if primitives is None else tuple(primitives)
+        return Genotype(
+            normal=_edges("normal", self.normal, allowed),
+            normal_concat=_concat("normal_concat", self.normal_concat, len(self.normal) // 2),
+            reduce=_edges("reduce", self.reduce, allowed),
+            reduce_concat=_concat("reduce_concat", self.reduce_concat, len(self.reduce) // 2),
+        )
+
+    def to_json(self) -> str:
+        """Returns a JSON object of the four fields.
+
+        Raises:
+            ValueError: as :meth:`validate`.
+        """
+        valid = self.validate()
+        fields = {name: json.dumps(list(value)) for name, value in zip(self._fields, valid, strict=True)}
+        return "{\n" + ",\n".join(f'  "{name}": {value}' for name, value in fields.items()) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Genotype:
+        """Returns the genotype that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: where ``text`` is no JSON object of exactly the four fields, or as :meth:`validate`.
+        """
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"genotype: not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"genotype: expected a JSON object with {', '.join(cls._fields)}, got {_short(fields)}")
+        return _from_fields(fields)
+
+    def to_text(self) -> str:
+        """Returns DARTS' own notation, ``Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)``.
+
+        Raises:
+            ValueError: as :meth:`validate`.
+        """
+        return repr(self.validate())
+
+    @classmethod
+    def from_text(cls, text: str) -> Genotype:
+        """Returns the genotype written in DARTS' notation; nothing in ``text`` is executed.
+
+        What precedes ``Genotype(`` is skipped, so a line of ``genotypes.py`` (``DARTS_V2 = Genotype(...)``) will do, and
+        one of a search log. Concatenations may be lists, tuples, ``range(a, b)`` or ``list(range(a, b))``.
+
+        Raises:
+            ValueError: where ``text`` is not in that notation, or as :meth:`validate`.
+        """
+        start = text.find("Genotype(")
+        if start < 0:
+            raise ValueError(f"genotype: expected Genotype(normal=..., normal_concat=..., ...), got {_short(text)}")
+        try:
+            call = ast.parse(text[start:].strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise ValueError(f"genotype: not a Genotype(...) expression: {error}") from None
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and len(call.args) <= 4):
+            raise ValueError(f"genotype: expected one Genotype(...) call, got {_short(text)}")
+        fields = {name: _literal(name, node) for name, node in zip(cls._fields, call.args, strict=False)}
+        for keyword in call.keywords:
+            name = keyword.arg or "**"
+            if name in fields:
+                raise ValueError(f"genotype: {name} is given twice")
+            fields[name] = _literal(name, keyword.value)
+        return _from_fields(fields)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the genotype: DARTS' notation where ``path`` ends in ``.txt``, else JSON. The file appears whole.
+
+        Raises:
+            ValueError: as :meth:`validate`; nothing is written then.
+        """
+        path = Path(path)
+        text = self.to_text() + "\n" if path.suffix == ".txt" else self.to_json()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Genotype:
+        """Returns the genotype in a file, in JSON or in DARTS' notation.
+
+        Raises:
+            OSError: where the file cannot be read.
+            ValueError: where it holds no genotype; the message names the file.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.from_json(text) if text.lstrip().startswith("{") else cls.from_text(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _key(genotype: tuple[Any, ...]) -> tuple[Any, ...]:
+    normal, normal_concat, reduce, reduce_concat = genotype
+    return (
+        tuple((op, int(i)) for op, i in normal),
+        tuple(int(i) for i in normal_concat),
+        tuple((op, int(i)) for op, i in reduce),
+        tuple(int(i) for i in reduce_concat),
+    )
+
+
+def _index(where: str, value: object) -> int:
+    # numpy's integers are indices too; bool is an int in Python, but no state
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"genotype: {where} must be an integer, got {_short(value)}")
+    return value.__index__()  # type: ignore[no-any-return]
+
+
+def _edges(name: str, edges: object, allowed: tuple[str, ...] | None) -> list[tuple[str, int]]:
+    if not isinstance(edges, (list, tuple)) or not edges or len(edges) % 2:
+        raise ValueError(f"genotype: {name} must be a list of (op, input) pairs, two a node, got {_short(edges)}")
+    out = []
+    for n, edge in enumerate(edges):
+        if not isinstance(edge, (list, tuple)) or len(edge) != 2 or not isinstance(edge[0], str):
+            raise ValueError(f"genotype: {name}[{n}] must be a pair (op, input), got {_short(edge)}")
+        op, i = str(edge[0]), _index(f"the input of {name}[{n}]", edge[1])
+        if allowed is not None and op not in allowed:
+            raise ValueError(f"genotype: {name}[{n}] has the unknown op {op!r}: expected one of {', '.join(allowed)}")
+        if not 0 <= i < n // 2 + 2:
+            raise ValueError(
+                f"genotype: {name}[{n}] has input {i}, but node {n // 2} can read states 0 to {n // 2 + 1} only"
+            )
+        out.append((op, i))
+    return out
+
+
+def _concat(name: str, concat: object, nodes: int) -> list[int] | range:
+    if not isinstance(concat, (list, tuple, range)) or not concat:
+        raise ValueError(f"genotype: {name} must be a list or a range of states, got {_short(concat)}")
+    states = [_index(f"{name}[{n}]", value) for n, value in enumerate(concat)]
+    if len(set(states)) != len(states) or not all(2 <= i < nodes + 2 for i in states):
+        raise ValueError(f"genotype: {name} must hold different states from 2 to {nodes + 1}, got {_short(states)}")
+    contiguous = range(states[0], states[0] + len(states))
+    return contiguous if states == list(contiguous) else states
+
+
+def _from_fields(fields: dict[str, Any]) -> Genotype:
+    missing = [name for name in Genotype._fields if name not in fields]
+    unknown = [name for name in fields if name not in Genotype._fields]
+    if missing or unknown:
+        problems = [f"{name} is missing" for name in missing] + [f"{name!r} is unknown" for name in unknown]
+        raise ValueError(f"genotype: {', '.join(problems)}: expected the fields {', '.join(Genotype._fields)}")
+    return Genotype(**fields).validate()
+
+
+def _literal(name: str, node: ast.expr) -> Any:
+    """Returns the value of a literal, of ``range(...)`` or of ``list(range(...))``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id in ("list", "tuple") and len(node.args) == 1:
+            return _literal(name, node.args[0])
+        if node.func.id == "range":
+            bounds = [_literal(name, argument) for argument in node.args]
+            if 1 <= len(bounds) <= 3 and all(type(b) is int and abs(b) <= _MAX_NODES for b in bounds):
+                try:
+                    return range(*bounds)
+                except ValueError:
+                    pass  # a step of 0
+            raise ValueError(f"genotype: {name} has a range that is no list of states: {ast.unparse(node)[:80]}")
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"genotype: {name} must be a literal list, got {ast.unparse(node)[:80]}") from None
