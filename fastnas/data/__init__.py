@@ -1,0 +1,18 @@
+"""Data sets in standard formats, augmentation on whole batches on the device, and resumable batches."""
+
+from .augment import Augment, augment, default_augment, normalize
+from .batches import Batches, split
+from .images import DATASETS, ImageData, channel_statistics, load
+
+__all__ = [
+    "DATASETS",
+    "Augment",
+    "Batches",
+    "ImageData",
+    "augment",
+    "channel_statistics",
+    "default_augment",
+    "load",
+    "normalize",
+    "split",
+]
