@@ -99,8 +99,8 @@ class Genotype(NamedTuple):
     def from_text(cls, text: str) -> Genotype:
         """Returns the genotype written in DARTS' notation; nothing in ``text`` is executed.
 
-        What precedes ``Genotype(`` is skipped, so a line of ``genotypes.py`` (``DARTS_V2 = Genotype(...)``) will do, and
-        one of a search log. Concatenations may be lists, tuples, ``range(a, b)`` or ``list(range(a, b))``.
+        What precedes ``Genotype(`` is skipped, so that a line of ``genotypes.py`` (``DARTS_V2 = Genotype(...)``) or of
+        a search log will do. Concatenations may be lists, tuples, ``range(a, b)`` or ``list(range(a, b))``.
 
         Raises:
             ValueError: where ``text`` is not in that notation, or as :meth:`validate`.

@@ -1,0 +1,20 @@
+"""Relaxations: functions from ``alphas`` (E, O) to the ``weights`` (E, O) that multiply the candidates' outputs.
+
+One file each; a file here is found by itself. One of your own is a function with the decorator::
+
+    @relaxation("sigmoid")
+    def sigmoid(alphas):
+        return alphas.sigmoid()
+"""
+
+import importlib
+import pkgutil
+
+from fastnas.relaxations._registry import RELAXATIONS, Relaxation, get_relaxation, relaxation
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from fastnas.relaxations.softmax import softmax, softmax_per_node  # noqa: E402
+
+__all__ = ["RELAXATIONS", "Relaxation", "get_relaxation", "relaxation", "softmax", "softmax_per_node"]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.genotype import Genotype
+
+
+class Space(Protocol):
+    """What a search asks of a space."""
+
+    @property
+    def name(self) -> str:
+        """What ``get_space`` finds it by."""
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        """The candidates of an edge: the columns of alphas."""
+
+    @property
+    def cell_types(self) -> tuple[str, ...]:
+        """The keys of alphas, weights and scores."""
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The edges ``(i, j)`` of a cell, from state j to state i, j < i: the rows of alphas."""
+
+    def init_alphas(
+        self,
+        generator: torch.Generator | None = None,
+        scale: float = 1e-3,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns fresh alphas, (E, O) for each cell type, that require grad."""
+
+    def supernet(
+        self, channels: int = 16, layers: int = 8, num_classes: int = 10, in_channels: int = 3, k: int = 1
+    ) -> nn.Module:
+        """Returns a network whose ``forward(x, weights)`` gives logits."""
+
+    def derive(self, scores: Mapping[str, Tensor]) -> Genotype:
+        """Returns the architecture that scores (E, O) for each cell type select."""
+
+
+SPACES: dict[str, Space] = {}
+
+_S = TypeVar("_S", bound=Space)
+
+
+def register(space: _S) -> _S:
+    """Returns ``space`` after adding it to ``SPACES`` under its name.
+
+    Raises:
+        ValueError: where the name is taken by another space.
+    """
+    if space.name in SPACES:
+        raise ValueError(f"space {space.name!r} is already registered: choose another name")
+    SPACES[space.name] = space
+    return space
+
+
+def get_space(name: str) -> Space:
+    """Returns the space registered under ``name``.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
+    try:
+        return SPACES[name]
+    except KeyError:
+        raise ValueError(f"space {name!r} is unknown: expected one of {', '.join(sorted(SPACES))}") from None

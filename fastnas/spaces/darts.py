@@ -1,0 +1,130 @@
+"""The convolutional space of DARTS (arXiv:1806.09055, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastnas.genotype import Genotype
+from fastnas.nn.operations import OPS, PRIMITIVES
+from fastnas.nn.supernet import Supernet
+from fastnas.spaces._registry import register
+
+
+@dataclass(frozen=True)
+class DartsSpace:
+    """Normal and reduction cells of ``steps`` nodes, each fed by all states before it.
+
+    Attributes:
+        name: What ``get_space`` finds it by.
+        primitives: The candidates of an edge: the columns of alphas.
+        steps: Nodes of a cell.
+        multiplier: Nodes, counted from the last, that are concatenated to a cell's output.
+    """
+
+    name: str = "darts"
+    primitives: tuple[str, ...] = PRIMITIVES
+    steps: int = 4
+    multiplier: int = 4
+
+    def __post_init__(self) -> None:
+        unknown = [p for p in self.primitives if p not in OPS]
+        if unknown:
+            raise ValueError(f"primitives: {', '.join(unknown)} unknown: register them with fastnas.nn.primitive")
+        if not any(p != "none" for p in self.primitives) or len(set(self.primitives)) != len(self.primitives):
+            raise ValueError(f"primitives must be different names, one of them not 'none', got {self.primitives}")
+        if not 1 <= self.multiplier <= self.steps:
+            raise ValueError(f"multiplier={self.multiplier} must be from 1 to steps={self.steps}")
+
+    @property
+    def cell_types(self) -> tuple[str, ...]:
+        """The keys of alphas, weights and scores."""
+        return ("normal", "reduce")
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The edges ``(i, j)`` of a cell, from state j to state i, j < i, ordered by (i, j): the rows of alphas."""
+        return tuple((i, j) for i in range(2, self.steps + 2) for j in range(i))
+
+    def init_alphas(
+        self,
+        generator: torch.Generator | None = None,
+        scale: float = 1e-3,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns normal alphas of standard deviation ``scale``, (E, O) for each cell type, that require grad.
+
+        They are drawn on the generator's device (the CPU where there is none) and then moved, so that a seed gives the
+        same alphas on every device.
+        """
+        shape = (len(self.edges), len(self.primitives))
+        drawn_on = "cpu" if generator is None else generator.device
+        return {
+            cell_type: (scale * torch.randn(shape, generator=generator, device=drawn_on))
+            .to(drawn_on if device is None else device)
+            .requires_grad_()
+            for cell_type in self.cell_types
+        }
+
+    def supernet(
+        self, channels: int = 16, layers: int = 8, num_classes: int = 10, in_channels: int = 3, k: int = 1
+    ) -> Supernet:
+        """Returns the over-parameterised network; its arguments are those of :class:`fastnas.nn.Supernet`."""
+        return Supernet(
+            channels,
+            layers,
+            num_classes,
+            in_channels,
+            primitives=self.primitives,
+            steps=self.steps,
+            multiplier=self.multiplier,
+            k=k,
+        )
+
+    def derive(self, scores: Mapping[str, Tensor]) -> Genotype:
+        """Returns the architecture that keeps, for every node, the two inputs with the largest best score.
+
+        A kept edge gets its best operation, and an edge is as good as that one; ``none`` never counts (section 2.4 of
+        the paper). A node's inputs are listed best first, as in the published code. Ties go to the lower index.
+
+        Args:
+            scores: (E, O) for each cell type; the weights that a relaxation gives.
+
+        Raises:
+            ValueError: where a cell type is missing, has another shape, or has NaN scores.
+        """
+        concat = range(2 + self.steps - self.multiplier, 2 + self.steps)
+        return Genotype(
+            normal=self._derive_cell("normal", scores),
+            normal_concat=concat,
+            reduce=self._derive_cell("reduce", scores),
+            reduce_concat=concat,
+        )
+
+    def _derive_cell(self, cell_type: str, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+        shape = (len(self.edges), len(self.primitives))
+        if cell_type not in scores or tuple(scores[cell_type].shape) != shape:
+            got = tuple(scores[cell_type].shape) if cell_type in scores else "nothing"
+            raise ValueError(f"scores[{cell_type!r}] must have shape {shape}, edge x primitive, got {got}")
+        rows = scores[cell_type].detach().to("cpu", torch.float64)
+        if rows.isnan().any():
+            edge = self.edges[int(rows.isnan().any(dim=1).nonzero()[0])]
+            raise ValueError(
+                f"scores[{cell_type!r}] has NaN on edge {edge}: the search diverged, nothing can be derived"
+            )
+        # max() and sorted() keep the first of equals, so ties go to the lower index
+        candidates = [o for o, p in enumerate(self.primitives) if p != "none"]
+        table = rows.tolist()
+        best = [max(candidates, key=row.__getitem__) for row in table]
+        kept: list[tuple[str, int]] = []
+        for node in range(2, self.steps + 2):
+            first = (node - 2) * (node + 1) // 2  # edges of the nodes before: 2 + 3 + ... + (node - 1)
+            inputs = sorted(range(node), key=lambda j: -table[first + j][best[first + j]])[:2]
+            kept += [(self.primitives[best[first + j]], j) for j in inputs]
+        return kept
+
+
+DARTS = register(DartsSpace())
