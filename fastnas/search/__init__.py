@@ -1,0 +1,24 @@
+"""The search: options and methods, the bilevel loop, checkpoints and run folders."""
+
+from fastnas.search.architect import Architect, Bilevel, first_order
+from fastnas.search.checkpoint import CheckpointError
+from fastnas.search.config import SearchConfig
+from fastnas.search.loop import DivergenceError, EpochRecord, Search, SearchResult, search
+from fastnas.search.methods import METHODS, Method, get_method, register_method
+
+__all__ = [
+    "METHODS",
+    "Architect",
+    "Bilevel",
+    "CheckpointError",
+    "DivergenceError",
+    "EpochRecord",
+    "Method",
+    "Search",
+    "SearchConfig",
+    "SearchResult",
+    "first_order",
+    "get_method",
+    "register_method",
+    "search",
+]
