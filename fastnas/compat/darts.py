@@ -1,0 +1,310 @@
+"""The names of quark0/darts' ``cnn`` folder: ``genotypes``, ``operations``, ``model_search`` and ``architect``.
+
+In a search script, ``from fastnas.compat.darts import Network, Architect`` stands for the imports of ``model_search``
+and ``architect``. Nothing here calls ``.cuda()``: a model lives where its script moves it, architecture parameters
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.genotype import Genotype
+from fastnas.nn.cells import Cell
+from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.operations import OPS, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
+from fastnas.nn.operations import PRIMITIVES as _PRIMITIVES
+from fastnas.nn.supernet import Supernet
+from fastnas.relaxations.softmax import softmax
+from fastnas.spaces.darts import DartsSpace
+
+__all__ = [
+    "DARTS",
+    "DARTS_V1",
+    "DARTS_V2",
+    "OPS",
+    "PRIMITIVES",
+    "AmoebaNet",
+    "Architect",
+    "Cell",
+    "DilConv",
+    "FactorizedReduce",
+    "Genotype",
+    "Identity",
+    "MixedOp",
+    "NASNet",
+    "Network",
+    "ReLUConvBN",
+    "SepConv",
+    "Zero",
+]
+
+PRIMITIVES = list(_PRIMITIVES)
+
+# The cells found by the papers, as the scripts name them.
+NASNet = Genotype.from_text(
+    "Genotype(normal=[('sep_conv_5x5', 1), ('sep_conv_3x3', 0), ('sep_conv_5x5', 0), ('sep_conv_3x3', 0), "
+    "('avg_pool_3x3', 1), ('skip_connect', 0), ('avg_pool_3x3', 0), ('avg_pool_3x3', 0), ('sep_conv_3x3', 1), "
+    "('skip_connect', 1)], normal_concat=[2, 3, 4, 5, 6], reduce=[('sep_conv_5x5', 1), ('sep_conv_7x7', 0), "
+    "('max_pool_3x3', 1), ('sep_conv_7x7', 0), ('avg_pool_3x3', 1), ('sep_conv_5x5', 0), ('skip_connect', 3), "
+    "('avg_pool_3x3', 2), ('sep_conv_3x3', 2), ('max_pool_3x3', 1)], reduce_concat=[4, 5, 6])"
+)
+AmoebaNet = Genotype.from_text(
+    "Genotype(normal=[('avg_pool_3x3', 0), ('max_pool_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_5x5', 2), "
+    "('sep_conv_3x3', 0), ('avg_pool_3x3', 3), ('sep_conv_3x3', 1), ('skip_connect', 1), ('skip_connect', 0), "
+    "('avg_pool_3x3', 1)], normal_concat=[4, 5, 6], reduce=[('avg_pool_3x3', 0), ('sep_conv_3x3', 1), "
+    "('max_pool_3x3', 0), ('sep_conv_7x7', 2), ('sep_conv_7x7', 0), ('avg_pool_3x3', 1), ('max_pool_3x3', 0), "
+    "('max_pool_3x3', 1), ('conv_7x1_1x7', 0), ('sep_conv_3x3', 5)], reduce_concat=[3, 4, 6])"
+)
+DARTS_V1 = Genotype.from_text(
+    "Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), "
+    "('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=[2, 3, 4, 5], "
+    "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0), "
+    "('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('avg_pool_3x3', 0)], reduce_concat=[2, 3, 4, 5])"
+)
+DARTS_V2 = Genotype.from_text(
+    "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 1), "
+    "('sep_conv_3x3', 1), ('skip_connect', 0), ('skip_connect', 0), ('dil_conv_3x3', 2)], normal_concat=[2, 3, 4, 5], "
+    "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 1), "
+    "('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])"
+)
+DARTS = DARTS_V2
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Network(Supernet):
+    """The supernet together with its architecture parameters, as in ``model_search.py``.
+
+    The alphas are plain tensors: outside ``parameters()`` and ``state_dict()``, but moved and cast with the module.
+    """
+
+    _k = 1
+
+    def __init__(
+        self,
+        C: int,
+        num_classes: int,
+        layers: int,
+        criterion: Criterion,
+        steps: int = 4,
+        multiplier: int = 4,
+        stem_multiplier: int = 3,
+        *,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__(
+            C,
+            layers,
+            num_classes,
+            in_channels,
+            primitives=PRIMITIVES,
+            steps=steps,
+            multiplier=multiplier,
+            stem_multiplier=stem_multiplier,
+            k=self._k,
+        )
+        self._C = C
+        self._num_classes = num_classes
+        self._layers = layers
+        self._criterion = criterion
+        self._steps = steps
+        self._multiplier = multiplier
+        self._stem_multiplier = stem_multiplier
+        self._in_channels = in_channels
+        self._initialize_alphas()
+
+    def _space(self) -> DartsSpace:
+        return DartsSpace(primitives=tuple(PRIMITIVES), steps=self._steps, multiplier=self._multiplier)
+
+    def _initialize_alphas(self) -> None:
+        alphas = self._space().init_alphas()
+        self.alphas_normal = alphas["normal"]
+        self.alphas_reduce = alphas["reduce"]
+        self._arch_parameters = [self.alphas_normal, self.alphas_reduce]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # through .data, so that optimizers that hold the alphas keep them
+        for alpha in self._arch_parameters:
+            grad = alpha.grad
+            alpha.data = fn(alpha.data)
+            if grad is not None:
+                alpha.grad = fn(grad)
+        return self
+
+    def new(self) -> Network:
+        """Returns a network of the same size with fresh parameters and a copy of the architecture parameters."""
+        like = self.classifier.weight
+        model = type(self)(
+            self._C,
+            self._num_classes,
+            self._layers,
+            self._criterion,
+            self._steps,
+            self._multiplier,
+            self._stem_multiplier,
+            in_channels=self._in_channels,
+        ).to(device=like.device, dtype=like.dtype)
+        for copy, alpha in zip(model.arch_parameters(), self.arch_parameters(), strict=True):
+            copy.data.copy_(alpha.data)
+        return model
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns the logits, (N, num_classes)."""
+        return super().forward(input, self._weights())
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {"normal": softmax(self.alphas_normal), "reduce": softmax(self.alphas_reduce)}
+
+    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+        return self._criterion(self(input), target)
+
+    def arch_parameters(self) -> list[Tensor]:
+        """Returns the architecture parameters, for an optimizer."""
+        return self._arch_parameters
+
+    def genotype(self) -> Genotype:
+        """Returns the architecture that the architecture parameters stand for now."""
+        return self._space().derive(self._weights())
+
+
+class _Arguments(Protocol):
+    momentum: float
+    weight_decay: float
+    arch_learning_rate: float
+    arch_weight_decay: float
+
+
+class _Model(Protocol):
+    """What an Architect asks of a model; ``_loss`` may be any function of the model's parameters and alphas."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def arch_parameters(self) -> list[Tensor]: ...
+
+    def _loss(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+
+class Architect:
+    """Takes the steps of the architecture parameters, with Adam (arXiv:1806.09055, Eq. 7 and 8).
+
+    Args:
+        model: a Network.
+        args: has ``momentum`` and ``weight_decay`` (of the weights' SGD), ``arch_learning_rate`` and
+            ``arch_weight_decay``.
+    """
+
+    def __init__(self, model: _Model, args: _Arguments) -> None:
+        self.network_momentum = args.momentum
+        self.network_weight_decay = args.weight_decay
+        self.model = model
+        self.optimizer = torch.optim.Adam(
+            model.arch_parameters(),
+            lr=args.arch_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=args.arch_weight_decay,
+        )
+
+    def step(
+        self,
+        input_train: Tensor,
+        target_train: Tensor,
+        input_valid: Tensor,
+        target_valid: Tensor,
+        eta: float | Tensor,
+        network_optimizer: torch.optim.Optimizer,
+        unrolled: bool,
+    ) -> None:
+        """Steps the architecture parameters; the weights are as before, bit for bit.
+
+        Args:
+            input_train: images of the training half; used where ``unrolled``.
+            target_train: their labels.
+            input_valid: images of the half for the architecture.
+            target_valid: their labels.
+            eta: the weights' learning rate (a float or a tensor of one element).
+            network_optimizer: the weights' optimizer; its momentum buffers enter the unrolled step.
+            unrolled: differentiate through one step of the weights (second order). Running statistics then stay as
+                they were, and the first-order gradient's own forward updates them, as any forward in training does.
+        """
+        if unrolled:
+            gradients = self._unrolled_gradients(
+                input_train, target_train, input_valid, target_valid, float(eta), network_optimizer
+            )
+        else:
+            gradients = _gradients(self.model._loss(input_valid, target_valid), self.model.arch_parameters())
+        for alpha, gradient in zip(self.model.arch_parameters(), gradients, strict=True):
+            alpha.grad = gradient
+        self.optimizer.step()
+
+    def _unrolled_gradients(
+        self,
+        input_train: Tensor,
+        target_train: Tensor,
+        input_valid: Tensor,
+        target_valid: Tensor,
+        eta: float,
+        network_optimizer: torch.optim.Optimizer,
+    ) -> list[Tensor]:
+        """Returns ∇α L_valid(w', α) − η ∇²_{α,w} L_train(w, α) ∇w' L_valid(w', α), with w' one SGD step from w."""
+        alphas, parameters = self.model.arch_parameters(), _trained(self.model)
+        with _restored(self.model):
+            loss = self.model._loss(input_train, target_train)
+            for parameter, gradient in zip(parameters, _gradients(loss, parameters), strict=True):
+                data = parameter.data
+                step = gradient + self.network_weight_decay * data
+                buffer = network_optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is not None:
+                    step.add_(buffer, alpha=self.network_momentum)
+                data.sub_(step, alpha=eta)
+            loss = self.model._loss(input_valid, target_valid)
+            gradients = _gradients(loss, [*alphas, *parameters])
+        direct, vector = gradients[: len(alphas)], gradients[len(alphas) :]
+        implicit = self._hessian_vector_product(vector, input_train, target_train)
+        return [d - eta * i for d, i in zip(direct, implicit, strict=True)]
+
+    def _hessian_vector_product(
+        self, vector: Sequence[Tensor], input: Tensor, target: Tensor, r: float = 1e-2
+    ) -> list[Tensor]:
+        """Returns ∇²_{α,w} L v by central differences, [∇α L(w + R v) − ∇α L(w − R v)] / 2R, with R = r / ‖v‖."""
+        alphas, parameters = self.model.arch_parameters(), _trained(self.model)
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in vector])))
+        if norm == 0.0:
+            return [torch.zeros_like(alpha) for alpha in alphas]
+        R = r / norm
+        sides = []
+        for sign in (1.0, -1.0):
+            with _restored(self.model):
+                for parameter, v in zip(parameters, vector, strict=True):
+                    parameter.data.add_(v, alpha=sign * R)
+                sides.append(_gradients(self.model._loss(input, target), alphas))
+        return [(plus - minus) / (2 * R) for plus, minus in zip(*sides, strict=True)]
+
+
+def _trained(model: _Model) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns d loss / d input for each input, zeros where the loss does not depend on it."""
+    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+
+
+@contextmanager
+def _restored(model: _Model) -> Iterator[None]:
+    """Runs the block, which may write to parameters and buffers through ``.data``, and puts them back bit for bit."""
+    tensors: list[Any] = [*_trained(model), *model.buffers()]
+    saved = [tensor.data.clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, saved, strict=True):
+            tensor.data.copy_(value)
