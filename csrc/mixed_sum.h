@@ -18,7 +18,7 @@ struct MixedSumArgs {
 };
 
 // The backward's reduction is cut into pieces by size alone and combined in order, so its bits never depend on threads.
-constexpr int64_t kMixedSumPiece = 16384;
+constexpr int64_t kMixedSumPiece = 4096;
 inline int64_t mixed_sum_pieces(int64_t n) { return (n + kMixedSumPiece - 1) / kMixedSumPiece; }
 
 namespace cpu {

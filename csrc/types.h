@@ -6,10 +6,12 @@
 #include <cstdint>
 #include <functional>
 
+struct CUstream_st;
+
 namespace fastnas {
 using Half = c10::Half;
 using BFloat16 = c10::BFloat16;
-using Stream = struct CUstream_st*;  // cudaStream_t
+using Stream = ::CUstream_st*;  // cudaStream_t
 
 // Runs a body over [0, n) in pieces, possibly in parallel.
 using Parallel = void (*)(int64_t n, const std::function<void(int64_t, int64_t)>& body);

@@ -1,1 +1,739 @@
+// CPU kernels of mixed_op. Every function works on whole images in one thread's scratch.
 
+constexpr int kStrip = FASTNAS_VECTOR_BYTES == 64 ? 16 : 8;  // pixels whose accumulators stay in registers
+
+// Calls f(std::integral_constant<int, P>, x) over [0, n) in strips of P = kStrip, 8, 4 and 1 pixels.
+template <class F>
+FASTNAS_INLINE void strips(int n, F&& f) {
+  int x = 0;
+  for (; x + kStrip <= n; x += kStrip) f(std::integral_constant<int, kStrip>{}, x);
+  if constexpr (kStrip > 8)
+    for (; x + 8 <= n; x += 8) f(std::integral_constant<int, 8>{}, x);
+  for (; x + 4 <= n; x += 4) f(std::integral_constant<int, 4>{}, x);
+  for (; x < n; ++x) f(std::integral_constant<int, 1>{}, x);
+}
+
+// As torch's max pooling compares: a NaN wins and stays.
+template <class T>
+FASTNAS_INLINE Vec<T> pool_max(Vec<T> best, Vec<T> v) {
+  return ((v > best) | (v != v)) ? v : best;
+}
+template <class T>
+FASTNAS_INLINE Vec<T> relu(Vec<T> v) {
+  return v < zero<T>() ? zero<T>() : v;
+}
+template <class T>
+FASTNAS_INLINE void add_to_double(double* sum, const T* v, int n) {
+  for (int i = 0; i < n; ++i) sum[i] += static_cast<double>(v[i]);
+}
+
+// ------------------------------------------------------------------------------------------------ one image into scratch
+
+// ReLU of an image, or of its normalised values where mean is given, into the interior of a padded map.
+template <class T>
+void load_activated(const Run<T>& run, const Grid& grid, const T* image, const T* mean, const T* invstd, T* out) {
+  constexpr int V = kLanes<T>;
+  const int64_t C = run.args->C;
+  for (int b = 0; b < run.blocks; ++b) {
+    const int n = run.channels(b);
+    const Vec<T> m = mean ? load(mean + b * V) : zero<T>(), s = mean ? load(invstd + b * V) : splat(T(1));
+    for (int y = 0; y < grid.h; ++y) {
+      const T* p = image + int64_t(y) * grid.w * C + b * V;
+      T* q = out + grid.at(b, y, 0);
+      if (mean)
+        for (int x = 0; x < grid.w; ++x) store(q + x * V, relu<T>((load_n(p + x * C, n) - m) * s));
+      else
+        for (int x = 0; x < grid.w; ++x) store(q + x * V, relu<T>(load_n(p + x * C, n)));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ depthwise
+
+// One output row of one channel block, from a padded map; rows of taps that lie in the halo are skipped.
+template <class T, int K, int D, int S>
+void depthwise_row(const Grid& in, const T* r, int block, int oy, int width, const T* weight, T* out) {
+  constexpr int V = kLanes<T>, pad = D * (K - 1) / 2;
+  int k0 = 0, k1 = K;
+  while (oy * S - pad + k0 * D < 0) ++k0;
+  while (oy * S - pad + (k1 - 1) * D >= in.h) --k1;
+  const T* base = r + in.at(block, oy * S - pad, -pad);
+  strips(width, [&](auto strip, int x) {
+    constexpr int P = decltype(strip)::value;
+    Vec<T> acc[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) acc[p] = zero<T>();
+    for (int ky = k0; ky < k1; ++ky) {
+      const T* row = base + ky * D * in.row() + int64_t(x) * S * V;
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx) {
+        const Vec<T> w = load(weight + (ky * K + kx) * V);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) acc[p] += w * load(row + (p * S + kx * D) * V);
+      }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) store(out + int64_t(x + p) * V, acc[p]);
+  });
+}
+
+// Stride 1: row y of d/d(input) gathers from the padded output gradient; the weight's gradient takes the same reads.
+template <class T, int K, int D>
+void depthwise_backward_row(const Grid& grid, const T* du, const T* r, int block, int y, const T* weight, T* dr, T* dw) {
+  constexpr int V = kLanes<T>, half = (K - 1) / 2;
+  const T* rrow = r + grid.at(block, y, 0);
+  T* drow = dr + grid.at(block, y, 0);
+  for (int ky = 0; ky < K; ++ky) {
+    const int oy = y - (ky - half) * D;
+    if (oy < 0 || oy >= grid.h) continue;
+    const T* base = du + grid.at(block, oy, -half * D);
+    Vec<T> w[K], g[K];
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = load(dw + (ky * K + kx) * V);
+    int x = 0;
+    auto pixels = [&](auto strip) FASTNAS_LAMBDA_INLINE {
+      constexpr int P = decltype(strip)::value;
+      Vec<T> acc[P], rv[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) acc[p] = load(drow + (x + p) * V), rv[p] = load(rrow + (x + p) * V);
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const Vec<T> v = load(base + (x + p + (K - 1 - kx) * D) * V);
+          acc[p] += w[kx] * v;
+          g[kx] += rv[p] * v;
+        }
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) store(drow + (x + p) * V, acc[p]);
+    };
+    for (; x + 4 <= grid.w; x += 4) pixels(std::integral_constant<int, 4>{});
+    for (; x < grid.w; ++x) pixels(std::integral_constant<int, 1>{});
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) store(dw + (ky * K + kx) * V, g[kx]);
+  }
+}
+
+// Stride 2: row oy of the output gradient is scattered into the padded d/d(input); what falls on the halo is dropped.
+template <class T, int K, int D>
+void depthwise_backward_row_strided(const Grid& in, const Grid& out, const T* du, const T* r, int block, int oy,
+                                    const T* weight, T* dr, T* dw) {
+  constexpr int V = kLanes<T>, S = 2, pad = D * (K - 1) / 2;
+  const T* grow = du + out.at(block, oy, 0);
+  for (int ky = 0; ky < K; ++ky) {
+    const int y = oy * S - pad + ky * D;
+    if (y < 0 || y >= in.h) continue;
+    const T* rrow = r + in.at(block, y, -pad);
+    T* drow = dr + in.at(block, y, -pad);
+    Vec<T> w[K], g[K];
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = load(dw + (ky * K + kx) * V);
+    for (int ox = 0; ox < out.w; ++ox) {
+      const Vec<T> v = load(grow + ox * V);
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx) {
+        const int64_t at = int64_t(ox * S + kx * D) * V;
+        store(drow + at, load(drow + at) + w[kx] * v);
+        g[kx] += load(rrow + at) * v;
+      }
+    }
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) store(dw + (ky * K + kx) * V, g[kx]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ pointwise
+
+// acc[p] = sum over input channels of u[block][p][lane] * w[block][lane][V]; blocks of u are `step` elements apart.
+template <class T, int P>
+FASTNAS_INLINE void pointwise(const T* u, int64_t step, const T* w, int blocks, int tail, Vec<T>* acc) {
+  constexpr int V = kLanes<T>;
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) acc[p] = zero<T>();
+  for (int b = 0; b < blocks; ++b)
+#pragma GCC unroll 4
+    for (int i = 0, n = b + 1 < blocks ? V : tail; i < n; ++i) {
+      const Vec<T> wv = load(w + (b * V + i) * V);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) acc[p] += wv * splat(u[b * step + p * V + i]);
+    }
+}
+
+// dw[out block][in block][in lane][out lane] += u[in] * g[out] over n pixels.
+template <class T>
+void pointwise_weight_gradient(const T* u, const T* g, int64_t step, int n, int blocks, int tail, T* dw) {
+  constexpr int V = kLanes<T>;
+  for (int bo = 0; bo < blocks; ++bo)
+    for (int bi = 0; bi < blocks; ++bi) {
+      const T *uu = u + bi * step, *gg = g + bo * step;
+      T* q = dw + int64_t(bo * blocks + bi) * V * V;
+      auto columns = [&](auto count) FASTNAS_LAMBDA_INLINE {
+        constexpr int I = decltype(count)::value;
+        Vec<T> acc[I];
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) acc[i] = load(q + i * V);
+        for (int p = 0; p < n; ++p) {
+          const Vec<T> gv = load(gg + p * V);
+#pragma GCC unroll 16
+          for (int i = 0; i < I; ++i) acc[i] += gv * splat(uu[p * V + i]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < I; ++i) store(q + i * V, acc[i]);
+      };
+      if (bi + 1 < blocks || tail > V / 2)
+        columns(std::integral_constant<int, V>{});
+      else if (tail > V / 4 || V < 8)
+        columns(std::integral_constant<int, (V + 1) / 2>{});
+      else
+        columns(std::integral_constant<int, (V >= 8 ? V / 4 : 1)>{});
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ moments
+
+// Sums of one image's values and squares around its first pixel: safe where |mean| is far above the deviation.
+template <class T>
+struct Moments {
+  T *shift, *s1, *s2;  // [padded]; s1 and s2 of the current group of rows
+  double *sum, *square;
+
+  FASTNAS_INLINE void start(int padded) const {
+    for (int c = 0; c < padded; ++c) s1[c] = s2[c] = 0, sum[c] = square[c] = 0;
+  }
+  FASTNAS_INLINE void flush(int padded) const {
+    add_to_double(sum, s1, padded), add_to_double(square, s2, padded);
+    for (int c = 0; c < padded; ++c) s1[c] = s2[c] = 0;
+  }
+};
+
+// Adds an image's moments (of `pixels` values a channel) to the slot's, which cover `images` images so far (Chan et al.).
+template <class T>
+void merge_image(const Moments<T>& m, int padded, double pixels, double images, double* mean, double* deviation) {
+  const double share = 1 / (images + 1), cross = pixels * images * share, inverse = 1 / pixels;
+  for (int c = 0; c < padded; ++c) {
+    const double own = m.sum[c] * inverse, square = m.square[c] - m.sum[c] * own;
+    const double delta = static_cast<double>(m.shift[c]) + own - mean[c];
+    mean[c] += delta * share;
+    deviation[c] += (square > 0 ? square : 0) + delta * delta * cross;
+  }
+}
+
+// Adds `n` vectors of one block, `step` elements apart, to the moments.
+template <class T>
+FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int64_t step, int channels, int n, bool first) {
+  constexpr int V = kLanes<T>;
+  if (first) store(m.shift + block * V, load_n(p, channels));
+  const Vec<T> k = load(m.shift + block * V);
+  Vec<T> s1 = load(m.s1 + block * V), s2 = load(m.s2 + block * V);
+  for (int i = 0; i < n; ++i) {
+    const Vec<T> d = load_n(p + i * step, channels) - k;
+    s1 += d, s2 += d * d;
+  }
+  store(m.s1 + block * V, s1), store(m.s2 + block * V, s2);
+}
+
+// ------------------------------------------------------------------------------------------------ pools
+
+template <class T>
+struct PoolRows {
+  T *vmax, *vsum;    // [W + 2][V]: over the rows of the window, with a column of padding on each side
+  T *max, *avg;      // [OW][V]: the pooled row
+  T* inverse;        // [OW]: 1 / (pixels of the window that lie in the image)
+};
+
+template <class T>
+void pool_row(const Run<T>& run, const T* image, int block, int oy, const PoolRows<T>& rows) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  const int S = a.stride, W = int(a.W), H = int(a.H), n = run.channels(block);
+  const int y0 = oy * S > 0 ? oy * S - 1 : 0, y1 = oy * S + 1 < H ? oy * S + 1 : H - 1;
+  const T* p = image + int64_t(y0) * W * a.C + block * V;
+  store(rows.vmax, splat(-std::numeric_limits<T>::infinity())), store(rows.vsum, zero<T>());
+  store(rows.vmax + (W + 1) * V, splat(-std::numeric_limits<T>::infinity())), store(rows.vsum + (W + 1) * V, zero<T>());
+  for (int x = 0; x < W; ++x) {
+    const T* q = p + int64_t(x) * a.C;
+    Vec<T> m = load_n(q, n), s = m;
+    for (int y = y0 + 1; y <= y1; ++y) {
+      const Vec<T> v = load_n(q += int64_t(W) * a.C, n);
+      m = pool_max<T>(m, v), s += v;
+    }
+    store(rows.vmax + (x + 1) * V, m), store(rows.vsum + (x + 1) * V, s);
+  }
+  for (int ox = 0; ox < a.OW; ++ox) {
+    const int64_t i = int64_t(ox) * S * V;
+    const int x0 = ox * S > 0 ? ox * S - 1 : 0, x1 = ox * S + 1 < W ? ox * S + 1 : W - 1;
+    rows.inverse[ox] = T(1) / static_cast<T>((y1 - y0 + 1) * (x1 - x0 + 1));
+    store(rows.max + ox * V,
+          pool_max<T>(pool_max<T>(load(rows.vmax + i), load(rows.vmax + i + V)), load(rows.vmax + i + 2 * V)));
+    store(rows.avg + ox * V,
+          (load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V)) * splat(rows.inverse[ox]));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ stages
+
+template <class T, int K, int D, int S>
+void stage_forward(const Run<T>& run, int stage, const T* r, T* u, T* out, const Moments<T>* moments) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  const Grid in = run.source_grid(stage);
+  const int OW = int(a.OW), OH = int(a.OH);
+  const int64_t C = a.C, step = int64_t(run.group) * OW * V;
+  const T* dw = run.depthwise[stage];
+  for (int y0 = 0; y0 < OH; y0 += run.group) {
+    const int rows = y0 + run.group < OH ? run.group : OH - y0;
+    for (int b = 0; b < run.blocks; ++b)
+      for (int y = 0; y < rows; ++y)
+        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V, u + b * step + int64_t(y) * OW * V);
+    for (int bo = 0; bo < run.blocks; ++bo) {
+      const int n = run.channels(bo);
+      const T* w = run.pointwise[stage] + int64_t(bo) * run.blocks * V * V;
+      T* q = out + int64_t(y0) * OW * C + bo * V;
+      Vec<T> shift = zero<T>(), s1 = zero<T>(), s2 = zero<T>();
+      if (moments) shift = load(moments->shift + bo * V);
+      strips(rows * OW, [&](auto strip, int x) {
+        constexpr int P = decltype(strip)::value;
+        Vec<T> acc[P];
+        pointwise<T, P>(u + int64_t(x) * V, step, w, run.blocks, run.tail, acc);
+        if (y0 == 0 && x == 0) shift = acc[0];
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          store_n(q + int64_t(x + p) * C, acc[p], n);
+          const Vec<T> d = acc[p] - shift;
+          s1 += d, s2 += d * d;
+        }
+      });
+      if (moments) {
+        store(moments->shift + bo * V, shift), store(moments->s1 + bo * V, s1), store(moments->s2 + bo * V, s2);
+      }
+    }
+    if (moments) moments->flush(run.padded);
+  }
+}
+
+// Adds one image's share of the stage's gradients: dr += d/d(activated input), the packed weights' into wgrad.
+template <class T, int K, int D, int S>
+void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, const T* z, const T* mean, const T* coef, T* u,
+                    T* dz, T* du, T* dr, T* wgrad) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  const Grid in = run.source_grid(stage), out = run.out_grid();
+  const int OW = int(a.OW), OH = int(a.OH);
+  const int64_t C = a.C, step = int64_t(run.group) * OW * V;
+  const T* dw = run.depthwise[stage];
+  const bool want = a.stages[stage].grad_pointwise != nullptr;
+  for (int y0 = 0; y0 < OH; y0 += run.group) {
+    const int rows = y0 + run.group < OH ? run.group : OH - y0, n = rows * OW;
+    for (int b = 0; b < run.blocks; ++b) {
+      for (int y = 0; want && y < rows; ++y)  // only the pointwise weights' gradient reads it
+        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V, u + b * step + int64_t(y) * OW * V);
+      const Vec<T> A = load(coef + b * V), B = load(coef + run.padded + b * V), E = load(coef + 2 * run.padded + b * V);
+      const Vec<T> m = load(mean + b * V);
+      const int channels = run.channels(b);
+      const int64_t at = int64_t(y0) * OW * C + b * V;
+      for (int i = 0; i < n; ++i)
+        store(dz + b * step + int64_t(i) * V,
+              A * load_n(grad + at + i * C, channels) + (B * (load_n(z + at + i * C, channels) - m) + E));
+    }
+    if (want) pointwise_weight_gradient(u, dz, step, n, run.blocks, run.tail, wgrad + run.wgrad_pointwise[stage]);
+    for (int b = 0; b < run.blocks; ++b) {
+      const T* w = run.pointwise_t[stage] + int64_t(b) * run.blocks * V * V;
+      for (int y = 0; y < rows; ++y) {
+        T* q = du + out.at(b, y0 + y, 0);
+        strips(OW, [&](auto strip, int x) {
+          constexpr int P = decltype(strip)::value;
+          Vec<T> acc[P];
+          pointwise<T, P>(dz + (int64_t(y) * OW + x) * V, step, w, run.blocks, run.tail, acc);
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) store(q + int64_t(x + p) * V, acc[p]);
+        });
+      }
+    }
+  }
+  for (int b = 0; b < run.blocks; ++b) {
+    const T* w = dw + int64_t(b) * K * K * V;
+    T* g = wgrad + run.wgrad_depthwise[stage] + int64_t(b) * K * K * V;
+    if constexpr (S == 1)
+      for (int y = 0; y < in.h; ++y) depthwise_backward_row<T, K, D>(in, du, r, b, y, w, dr, g);
+    else
+      for (int y = 0; y < OH; ++y) depthwise_backward_row_strided<T, K, D>(in, out, du, r, b, y, w, dr, g);
+  }
+}
+
+// Calls f with the stage's kernel size, dilation and stride as compile-time constants.
+template <class F>
+FASTNAS_INLINE void with_shape(const Stage& s, F&& f) {
+  auto stride = [&](auto K, auto D) {
+    if (s.stride == 1)
+      f(K, D, std::integral_constant<int, 1>{});
+    else
+      f(K, D, std::integral_constant<int, 2>{});
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  if (s.kernel == 3)
+    s.dilation == 1 ? stride(std::integral_constant<int, 3>{}, One{}) : stride(std::integral_constant<int, 3>{}, Two{});
+  else if (s.kernel == 5)
+    s.dilation == 1 ? stride(std::integral_constant<int, 5>{}, One{}) : stride(std::integral_constant<int, 5>{}, Two{});
+  else
+    stride(std::integral_constant<int, 7>{}, One{});
+}
+
+// ------------------------------------------------------------------------------------------------ scratch of a thread
+
+template <class T>
+struct Scratch {
+  T *r, *du, *dr, *u, *dz;
+  PoolRows<T> rows;
+  T *shift, *s1, *s2, *term_sums;  // [padded] each; term_sums [1 + terms][padded]
+  T *gmax, *gavg, *index;          // pool_grid, one block
+  double *sum, *square;            // [padded] each
+
+  Scratch(const Run<T>& run, T* p) {
+    const MixedOpArgs& a = *run.args;
+    auto take = [&](int64_t n) { return p += n, p - n; };
+    r = take(run.scratch_map()), du = take(run.scratch_map()), dr = take(run.scratch_map());
+    u = take(run.scratch_group()), dz = take(run.scratch_group());
+    rows.vmax = take((a.W + 2) * run.lanes), rows.vsum = take((a.W + 2) * run.lanes);
+    rows.max = take(a.OW * run.lanes), rows.avg = take(a.OW * run.lanes), rows.inverse = take(a.OW * run.lanes);
+    gmax = take(run.pool_grid().block()), gavg = take(run.pool_grid().block()), index = take(run.pool_grid().block());
+    shift = take(run.padded), s1 = take(run.padded), s2 = take(run.padded);
+    sum = reinterpret_cast<double*>(take(2 * run.padded)), square = reinterpret_cast<double*>(take(2 * run.padded));
+    term_sums = take((1 + kMaxTerms) * int64_t(run.padded));
+  }
+  Moments<T> moments() const { return {shift, s1, s2, sum, square}; }
+};
+
+template <class T>
+FASTNAS_INLINE void clear(T* p, int64_t n) {
+  __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// ------------------------------------------------------------------------------------------------ phases, over slots
+
+// Stages of one level: their outputs and moments. Level 0 also takes the moments of pools and of outside maps.
+template <class T>
+void forward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int64_t end) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  Scratch<T> s(run, scratch);
+  const Moments<T> moments = s.moments();
+  clear(s.r, run.scratch_map());
+  for (int64_t slot = begin; slot < end; ++slot) {
+    auto merge = [&](int norm, int64_t image) {
+      double* m = run.moments + (slot * a.norms + norm) * 2 * run.padded;
+      merge_image(moments, run.padded, double(a.OH * a.OW), double(image - run.first_image(slot)), m, m + run.padded);
+    };
+    for (int64_t i = run.first_image(slot); i < run.first_image(slot + 1); ++i) {
+      const T* x = static_cast<const T*>(a.x) + i * run.in_image();
+      bool loaded = false;
+      for (int k = 0; k < a.stages_count; ++k) {
+        if (run.level[k] != level) continue;
+        const Stage& stage = a.stages[k];
+        if (stage.source >= 0) {
+          const int norm = a.stages[stage.source].norm;
+          load_activated(run, run.out_grid(), static_cast<const T*>(a.stages[stage.source].out) + i * run.out_image(),
+                         run.mean + norm * run.padded, run.invstd + norm * run.padded, s.r);
+        } else if (!loaded) {
+          load_activated<T>(run, run.in_grid(), x, nullptr, nullptr, s.r);
+          loaded = true;
+        }
+        if (a.training) moments.start(run.padded);
+        with_shape(stage, [&](auto K, auto D, auto S) {
+          stage_forward<T, decltype(K)::value, decltype(D)::value, decltype(S)::value>(
+              run, k, s.r, s.u, static_cast<T*>(stage.out) + i * run.out_image(), a.training ? &moments : nullptr);
+        });
+        if (a.training) merge(stage.norm, i);
+      }
+      if (level > 0 || !a.training) continue;
+      for (int t = 0; t < a.terms_count; ++t) {
+        const Term& term = a.terms[t];
+        if (term.norm < 0 || term.kind == Kind::separable) continue;
+        moments.start(run.padded);
+        for (int y = 0; y < a.OH; ++y) {
+          for (int b = 0; b < run.blocks; ++b) {
+            if (term.kind == Kind::map) {
+              const T* p = static_cast<const T*>(term.src) + i * run.out_image() + y * a.OW * a.C + b * V;
+              add_moments(moments, b, p, a.C, run.channels(b), int(a.OW), y == 0);
+            } else {
+              pool_row(run, x, b, y, s.rows);
+              add_moments(moments, b, term.kind == Kind::max_pool ? s.rows.max : s.rows.avg, V, V, int(a.OW), y == 0);
+            }
+          }
+          moments.flush(run.padded);
+        }
+        merge(term.norm, i);
+      }
+    }
+  }
+}
+
+// A term's values along one row of one block.
+template <class T>
+struct RowTerm {
+  const T* p;
+  int64_t step;  // elements from pixel to pixel
+};
+
+template <class T>
+FASTNAS_INLINE void row_terms(const Run<T>& run, int64_t image, int y, int b, const PoolRows<T>& rows, RowTerm<T>* out) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  const int64_t at = image * run.out_image() + y * a.OW * a.C + b * V;
+  if (run.pools) pool_row(run, static_cast<const T*>(a.x) + image * run.in_image(), b, y, rows);
+  for (int t = 0; t < a.terms_count; ++t) {
+    const Term& term = a.terms[t];
+    switch (term.kind) {
+      case Kind::max_pool: out[t] = {rows.max, V}; break;
+      case Kind::avg_pool: out[t] = {rows.avg, V}; break;
+      case Kind::skip: out[t] = {static_cast<const T*>(a.x) + at, a.C}; break;
+      case Kind::separable: out[t] = {static_cast<const T*>(a.stages[term.stage].out) + at, a.C}; break;
+      default: out[t] = {static_cast<const T*>(term.src) + at, a.C};
+    }
+  }
+}
+
+// y = sum over terms of scale * (term - shift).
+template <class T>
+void forward_sum(const Run<T>& run, T* scratch, int64_t begin, int64_t end) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  Scratch<T> s(run, scratch);
+  RowTerm<T> terms[kMaxTerms];
+  for (int64_t i = run.first_image(begin); i < run.first_image(end); ++i)
+    for (int y = 0; y < a.OH; ++y)
+      for (int b = 0; b < run.blocks; ++b) {
+        const int n = run.channels(b);
+        row_terms(run, i, y, b, s.rows, terms);
+        T* out = static_cast<T*>(a.y) + i * run.out_image() + y * a.OW * a.C + b * V;
+        auto pixels = [&](auto strip, int x) FASTNAS_LAMBDA_INLINE {
+          constexpr int P = decltype(strip)::value;
+          Vec<T> acc[P];
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) acc[p] = zero<T>();
+          for (int t = 0; t < a.terms_count; ++t) {
+            const Vec<T> m = load(run.shift + t * run.padded + b * V), w = load(run.scale + t * run.padded + b * V);
+            const T* q = terms[t].p + x * terms[t].step;
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) acc[p] += (load_n(q + p * terms[t].step, n) - m) * w;
+          }
+#pragma GCC unroll 8
+          for (int p = 0; p < P; ++p) store_n(out + int64_t(x + p) * a.C, acc[p], n);
+        };
+        int x = 0;
+        for (; x + 8 <= a.OW; x += 8) pixels(std::integral_constant<int, 8>{}, x);
+        for (; x < a.OW; ++x) pixels(std::integral_constant<int, 1>{}, x);
+      }
+}
+
+// Per channel: sum g, and sum g * (term - shift) of every term.
+template <class T>
+void backward_sums(const Run<T>& run, T* scratch, int64_t begin, int64_t end) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  Scratch<T> s(run, scratch);
+  RowTerm<T> terms[kMaxTerms];
+  const int64_t size = int64_t(1 + a.terms_count) * run.padded;
+  for (int64_t slot = begin; slot < end; ++slot) {
+    double* sums = run.sums + slot * size;
+    for (int64_t i = run.first_image(slot); i < run.first_image(slot + 1); ++i)
+      for (int y0 = 0; y0 < a.OH; y0 += run.group) {
+        clear(s.term_sums, size);
+        for (int y = y0; y < y0 + run.group && y < a.OH; ++y)
+          for (int b = 0; b < run.blocks; ++b) {
+            const int n = run.channels(b);
+            row_terms(run, i, y, b, s.rows, terms);
+            const T* grad = static_cast<const T*>(a.grad) + i * run.out_image() + y * a.OW * a.C + b * V;
+            auto pixels = [&](auto strip, int x) FASTNAS_LAMBDA_INLINE {
+              constexpr int P = decltype(strip)::value;
+              Vec<T> g[P], total = load(s.term_sums + b * V);
+#pragma GCC unroll 8
+              for (int p = 0; p < P; ++p) g[p] = load_n(grad + int64_t(x + p) * a.C, n), total += g[p];
+              store(s.term_sums + b * V, total);
+              for (int t = 0; t < a.terms_count; ++t) {
+                const Vec<T> m = load(run.shift + t * run.padded + b * V);
+                T* sum = s.term_sums + (1 + t) * run.padded + b * V;
+                const T* q = terms[t].p + x * terms[t].step;
+                Vec<T> acc = load(sum);
+#pragma GCC unroll 8
+                for (int p = 0; p < P; ++p) acc += g[p] * (load_n(q + p * terms[t].step, n) - m);
+                store(sum, acc);
+              }
+            };
+            int x = 0;
+            for (; x + 8 <= a.OW; x += 8) pixels(std::integral_constant<int, 8>{}, x);
+            for (; x < a.OW; ++x) pixels(std::integral_constant<int, 1>{}, x);
+          }
+        add_to_double(sums, s.term_sums, int(size));
+      }
+  }
+}
+
+// The pools' and the skip's gradient, added to the stages', into grad_x.
+template <class T>
+void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool staged) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  const int H = int(a.H), W = int(a.W), OH = int(a.OH), OW = int(a.OW), S = a.stride;
+  const Grid grid = run.in_grid(), pool = run.pool_grid();
+  const T* x = static_cast<const T*>(a.x) + image * run.in_image();
+  const T* grad = static_cast<const T*>(a.grad) + image * run.out_image();
+  T* out = static_cast<T*>(a.grad_x) + image * run.in_image();
+  for (int b = 0; b < run.blocks; ++b) {
+    const int n = run.channels(b);
+    Vec<T> skip = zero<T>(), cmax[4] = {}, cavg[4] = {};  // A, B, C and the mean of all pools of a kind together
+    for (int t = 0; t < a.terms_count; ++t)
+      if (a.terms[t].kind == Kind::skip) skip += load(run.scale + t * run.padded + b * V);
+    if (run.pools) {
+      // Several pools of one kind share mean and deviation, so their coefficients add up.
+      for (int t = 0; t < a.terms_count; ++t) {
+        if (a.terms[t].kind != Kind::max_pool && a.terms[t].kind != Kind::avg_pool) continue;
+        Vec<T>* c = a.terms[t].kind == Kind::max_pool ? cmax : cavg;
+        const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
+        const Vec<T> B = load(coef + run.padded), m = load(run.shift + t * run.padded + b * V);
+        c[0] += load(coef), c[1] += B, c[2] += load(coef + 2 * run.padded);
+        if (a.terms[t].norm >= 0) c[3] = m;
+      }
+      for (int y = 0; y < OH; ++y)
+        for (int ox = 0; ox < OW; ++ox) {
+          const int y0 = y * S - 1, x0 = ox * S - 1;
+          Vec<T> best = splat(-std::numeric_limits<T>::infinity()), sum = zero<T>();
+          Vec<T> index = splat(T((y0 < 0 ? 3 : 0) + (x0 < 0 ? 1 : 0)));
+          int count = 0;
+          for (int ky = y0 < 0 ? 1 : 0; ky < 3 && y0 + ky < H; ++ky)
+            for (int kx = x0 < 0 ? 1 : 0; kx < 3 && x0 + kx < W; ++kx) {
+              const Vec<T> v = load_n(x + (int64_t(y0 + ky) * W + x0 + kx) * a.C + b * V, n);
+              const auto wins = (v > best) | (v != v);
+              best = wins ? v : best;
+              index = wins ? splat(T(ky * 3 + kx)) : index;
+              sum += v;
+              ++count;
+            }
+          const Vec<T> g = load_n(grad + (int64_t(y) * OW + ox) * a.C + b * V, n), inverse = splat(T(1) / T(count));
+          const int64_t at = pool.at(0, y, ox);
+          store(s.gmax + at, cmax[0] * g + (cmax[1] * (best - cmax[3]) + cmax[2]));
+          store(s.gavg + at, (cavg[0] * g + (cavg[1] * (sum * inverse - cavg[3]) + cavg[2])) * inverse);
+          store(s.index + at, index);
+        }
+    }
+    for (int y = 0; y < H; ++y)
+      for (int ix = 0; ix < W; ++ix) {
+        const int64_t at = (int64_t(y) * W + ix) * a.C + b * V;
+        Vec<T> acc = zero<T>();
+        if (S == 1) acc = skip * load_n(grad + at, n);
+        if (staged) {
+          const Vec<T> d = load(s.dr + grid.at(b, y, ix));
+          acc += load(s.r + grid.at(b, y, ix)) <= zero<T>() ? zero<T>() : d;
+        }
+        if (run.pools) {
+          auto tap = [&](int ky, int kx) FASTNAS_LAMBDA_INLINE {  // the window whose tap (ky, kx) is this pixel
+            const int64_t from = pool.at(0, (y + 1 - ky) / S, (ix + 1 - kx) / S);
+            acc += load(s.gavg + from);
+            acc += load(s.index + from) == splat(T(ky * 3 + kx)) ? load(s.gmax + from) : zero<T>();
+          };
+          if (S == 1) {
+            const int64_t centre = pool.at(0, y, ix);
+#pragma GCC unroll 3
+            for (int ky = 0; ky < 3; ++ky)
+#pragma GCC unroll 3
+              for (int kx = 0; kx < 3; ++kx) {
+                const int64_t from = centre + (1 - ky) * pool.row() + (1 - kx) * V;
+                acc += load(s.gavg + from);
+                acc += load(s.index + from) == splat(T(ky * 3 + kx)) ? load(s.gmax + from) : zero<T>();
+              }
+          } else {
+            for (int ky = (y + 1) % 2; ky < 3; ky += 2)
+              for (int kx = (ix + 1) % 2; kx < 3; kx += 2) tap(ky, kx);
+          }
+        }
+        store_n(out + at, acc, n);
+      }
+  }
+}
+
+// Gradients of one level's stages; level 0 also writes the gradients of x and of the outside maps.
+template <class T>
+void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int64_t end) {
+  constexpr int V = kLanes<T>;
+  const MixedOpArgs& a = *run.args;
+  Scratch<T> s(run, scratch);
+  clear(s.r, run.scratch_map()), clear(s.du, run.scratch_map());
+  if (level == 0 && run.pools) {  // the halo outside the pooled grid contributes nothing
+    clear(s.gmax, run.pool_grid().block()), clear(s.gavg, run.pool_grid().block());
+    for (int64_t i = 0; i < run.pool_grid().block(); ++i) s.index[i] = T(-1);
+  }
+  for (int64_t slot = begin; slot < end; ++slot) {
+    T* wgrad = run.wgrad + slot * run.wgrad_size;
+    for (int64_t i = run.first_image(slot); i < run.first_image(slot + 1); ++i) {
+      bool staged = false;
+      for (int k = 0; k < a.stages_count; ++k) {
+        if (run.level[k] != level) continue;
+        const Stage& stage = a.stages[k];
+        const Grid grid = run.source_grid(k);
+        const Stage* source = stage.source >= 0 ? &a.stages[stage.source] : nullptr;
+        const T* z0 = source ? static_cast<const T*>(source->out) + i * run.out_image() : nullptr;
+        const T *mean0 = source ? run.mean + source->norm * run.padded : nullptr,
+                *invstd0 = source ? run.invstd + source->norm * run.padded : nullptr;
+        if (source || !staged) {
+          load_activated<T>(run, grid, source ? z0 : static_cast<const T*>(a.x) + i * run.in_image(), mean0, invstd0, s.r);
+          clear(s.dr, grid.block() * run.blocks);
+        }
+        staged = true;
+        const T* grad = static_cast<const T*>(stage.grad_norm ? stage.grad_norm : a.grad) + i * run.out_image();
+        with_shape(stage, [&](auto K, auto D, auto S) {
+          stage_backward<T, decltype(K)::value, decltype(D)::value, decltype(S)::value>(
+              run, k, s.r, grad, static_cast<const T*>(stage.out) + i * run.out_image(),
+              run.mean + stage.norm * run.padded, run.coef + int64_t(k) * 3 * run.padded, s.u, s.dz, s.du, s.dr, wgrad);
+        });
+        if (!source) continue;
+        // The gradient of the source's normalised output, and its sums for the source's batch norm.
+        T* out = static_cast<T*>(source->grad_norm) + i * run.out_image();
+        double* sums = run.chain + (slot * a.stages_count + stage.source) * 2 * run.padded;
+        for (int b = 0; b < run.blocks; ++b) {
+          const int n = run.channels(b);
+          const Vec<T> m = load(mean0 + b * V);
+          for (int y0 = 0; y0 < grid.h; y0 += run.group) {
+            Vec<T> s1 = zero<T>(), s2 = zero<T>();
+            for (int y = y0; y < y0 + run.group && y < grid.h; ++y)
+              for (int x = 0; x < grid.w; ++x) {
+                const int64_t at = grid.at(b, y, x), pixel = (int64_t(y) * grid.w + x) * a.C + b * V;
+                const Vec<T> d = load(s.r + at) <= zero<T>() ? zero<T>() : load(s.dr + at);
+                store_n(out + pixel, d, n);
+                s1 += d, s2 += d * (load_n(z0 + pixel, n) - m);
+              }
+            store(s.s1, s1), store(s.s2, s2);
+            add_to_double(sums + b * V, s.s1, V), add_to_double(sums + run.padded + b * V, s.s2, V);
+          }
+        }
+      }
+      if (level > 0) continue;
+      if (a.grad_x) input_gradient(run, s, i, staged);
+      for (int t = 0; t < a.terms_count; ++t) {
+        const Term& term = a.terms[t];
+        if (term.kind != Kind::map || !term.grad) continue;
+        const T *z = static_cast<const T*>(term.src) + i * run.out_image(),
+                *g = static_cast<const T*>(a.grad) + i * run.out_image();
+        T* out = static_cast<T*>(term.grad) + i * run.out_image();
+        for (int b = 0; b < run.blocks; ++b) {
+          const int n = run.channels(b);
+          const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
+          const Vec<T> A = load(coef), B = load(coef + run.padded), E = load(coef + 2 * run.padded);
+          const Vec<T> m = load(run.shift + t * run.padded + b * V);
+          for (int64_t p = 0; p < a.OH * a.OW; ++p) {
+            const int64_t at = p * a.C + b * V;
+            store_n(out + at, A * load_n(g + at, n) + (B * (load_n(z + at, n) - m) + E), n);
+          }
+        }
+      }
+    }
+  }
+}
+
+#define FASTNAS_INSTANTIATE(T)                                                                \
+  template void forward_level<T>(const Run<T>&, int, T*, int64_t, int64_t);                   \
+  template void forward_sum<T>(const Run<T>&, T*, int64_t, int64_t);                          \
+  template void backward_sums<T>(const Run<T>&, T*, int64_t, int64_t);                        \
+  template void backward_level<T>(const Run<T>&, int, T*, int64_t, int64_t);
+FASTNAS_INSTANTIATE(float)
+FASTNAS_INSTANTIATE(double)
+#undef FASTNAS_INSTANTIATE

@@ -10,7 +10,10 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = FASTNAS_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
+#undef FASTNAS_INLINE
+#undef FASTNAS_LAMBDA_INLINE
 #define FASTNAS_INLINE inline __attribute__((always_inline))
+#define FASTNAS_LAMBDA_INLINE __attribute__((always_inline))
 
 template <class T>
 FASTNAS_INLINE Vec<T> load(const T* p) {
