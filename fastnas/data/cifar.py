@@ -191,7 +191,8 @@ def _archive_files(archive: Path, versions: tuple[_Version, ...]) -> Iterator[tu
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(
-            f"{archive} is not a whole tar archive ({error}); it may be cut short: get it again from {SOURCE}"
+            f"{archive} is not a whole tar archive ({' '.join(str(error).split())}); it may be cut short: "
+            f"get it again from {SOURCE}"
         ) from error
 
 

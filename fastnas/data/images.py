@@ -165,12 +165,13 @@ def _digits() -> ImageData:
 def _npz(path: Path) -> ImageData:
     arrays: dict[str, npt.NDArray[Any]] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an .npz archive; write it with numpy.savez")
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise ValueError("it holds a single array; write it with numpy.savez(path, x_train=..., y_train=...)")
             for key in ("x_train", "y_train", "x_test", "y_test"):
-                if key in file.files:
-                    arrays[key] = file[key]
+                if key in content.files:
+                    arrays[key] = content[key]
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
     for key in ("x_train", "y_train"):
