@@ -1,0 +1,173 @@
+"""Builds the test-only libraries: the CUDA side compiled for the host, and either library with sanitizers.
+
+Objects are kept in build/<library>/ under a hash of everything that they depend on, so a second build is quick.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "emulator"
+CSRC = ROOT / "csrc"
+TORCH = Path(torch.__file__).parent
+Library = Literal["emulated", "native"]
+
+_CXX = os.environ.get("CXX", "g++")
+_FLAGS = [
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"),
+    f"-I{CSRC}",
+    *(f"-isystem{p}" for p in (TORCH / "include", sysconfig.get_paths()["include"])),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+_SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+_EMULATED = [f"-I{HERE}", "-DFASTNAS_EMULATED", "-DFASTNAS_MODULE=_emulated"]
+
+
+@functools.cache
+def _dependencies(path: Path) -> frozenset[Path]:
+    """Returns the file and every file of this repository that it includes."""
+    found = {path}
+    for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+        for folder in (path.parent, CSRC, HERE):
+            if (folder / name).is_file():
+                found |= _dependencies((folder / name).resolve())
+                break
+    return frozenset(found)
+
+
+@functools.cache
+def _versions() -> str:
+    compiler = subprocess.run([_CXX, "--version"], check=True, capture_output=True, text=True).stdout
+    return f"{compiler} {torch.__version__} {sys.version}"
+
+
+def _key(source: Path, flags: list[str]) -> str:
+    digest = hashlib.sha256(f"{_versions()} {flags} {source}".encode())
+    for path in sorted(_dependencies(source)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _compile(folder: Path, source: Path, flags: list[str]) -> Path:
+    target = folder / f"{source.stem}.{_key(source, flags)}.o"
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        _run([_CXX, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)])
+        partial.replace(target)
+    return target
+
+
+def _link(folder: Path, name: str, objects: list[Path], flags: list[str]) -> Path:
+    key = hashlib.sha256(" ".join([*flags, *(o.name for o in objects)]).encode()).hexdigest()[:20]
+    target = folder / key / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        _run([_CXX, *map(str, objects), *flags, "-o", str(partial)])
+        partial.replace(target)
+    return target
+
+
+def _build(folder: Path, name: str, sources: list[tuple[Path, list[str]]], link: list[str]) -> Path:
+    """Compiles (source, flags) pairs in parallel and links the objects in the order given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda pair: _compile(folder, *pair), sources))
+        library = _link(folder, name, objects, link)
+        for old in folder.glob("*.o"):
+            if old not in objects:
+                old.unlink()
+    return library
+
+
+def _with_bounds(kernels: list[tuple[Path, list[str]]], flags: list[str]) -> list[tuple[Path, list[str]]]:
+    """Puts the markers of the emulator's shared memory around the kernels."""
+    bounds = [[*flags, f"-DEMULATOR_MARK=emulator_shared_{end}"] for end in ("begin", "end")]
+    return [(HERE / "shared_bounds.cpp", bounds[0]), *kernels, (HERE / "shared_bounds.cpp", bounds[1])]
+
+
+def build(library: Library = "emulated", sanitize: bool = False) -> Path:
+    """Returns the path of the library, built if anything that it depends on has changed.
+
+    Args:
+        library: ``"emulated"``, the CUDA kernels for the host; or ``"native"``, the CPU side as in ``fastnas._C``.
+        sanitize: compile with AddressSanitizer and UndefinedBehaviorSanitizer.
+    """
+    flags = [*_FLAGS, *(_SANITIZE if sanitize else ["-O2", "-g0"])]
+    glue = [
+        p
+        for p in sorted(CSRC.glob("*.cpp"))
+        if p.stem not in ("mixed_op", "partial_channels") or (CSRC / "cuda" / f"{p.stem}.cu").exists()
+    ]
+    if library == "emulated":
+        flags += _EMULATED
+        kernels = [(p, flags) for p in sorted((CSRC / "cuda").glob("*.cu"))]
+        sources = [(p, flags) for p in [*glue, CSRC / "cpu" / "dispatch.cpp"]] + _with_bounds(kernels, flags)
+    else:
+        skip = set() if platform.machine().lower() in ("x86_64", "amd64") else {"avx2", "avx512"}
+        cpu = [p for p in sorted((CSRC / "cpu").glob("*.cpp")) if p.stem.rsplit("_", 1)[-1] not in skip]
+        sources = [(p, flags) for p in [*glue, *cpu]]
+    link = ["-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
+    link += ["-fsanitize=address,undefined"] if sanitize else []
+    folder = ROOT / "build" / (f"{library}_sanitized" if sanitize else library)
+    name = "_emulated.so" if library == "emulated" else "_C.so"
+    return _build(folder, name, sources, link)
+
+
+def build_program(source: Path, sanitize: bool = False) -> Path:
+    """Returns the path of a program made from one .cu file on the emulator."""
+    flags = [*_FLAGS, *_EMULATED, *(_SANITIZE if sanitize else ["-O2", "-g0"])]
+    sources = [(CSRC / "counters.cpp", flags), *_with_bounds([(source, flags)], flags)]
+    folder = ROOT / "build" / f"{source.stem}{'_sanitized' if sanitize else ''}"
+    return _build(folder, source.stem, sources, ["-fsanitize=address,undefined"] if sanitize else [])
+
+
+def import_library(name: str, path: Path) -> ModuleType:
+    """Imports the extension module at ``path`` under ``name``."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return module
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Returns the emulated library, built and loaded, with its ops under torch.ops.fastnas_emulated.
+
+    Afterwards ``fastnas.use_backend("emulated")`` runs the CUDA kernels on CPU tensors; the module's ``counters()``
+    and ``reset_counters()`` are those of this library. FASTNAS_TEST_EMULATED names a library that is built already.
+    """
+    built = os.environ.get("FASTNAS_TEST_EMULATED")
+    module = import_library("_emulated", Path(built) if built else build())
+    from fastnas.ops import _common
+
+    _common.register_fakes_for("fastnas_emulated")
+    return module
