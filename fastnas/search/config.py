@@ -41,14 +41,14 @@ class DataOptions:
     """The images.
 
     Attributes:
-        data: The data set: digits (needs no files), cifar10, cifar100, or npz for images of your own.
+        data: The data set. digits needs no files, npz is for images of your own.
         root: Where its files are: the official archive, the folder it extracts to or one that holds either; for npz,
             the file.
         train_portion: The part of the images that trains the weights; the rest trains the alphas and gives the
             validation accuracy.
         batch_size: Images in a batch, for the weights and for the alphas alike.
         pad: Augmentation: the images are padded by this many pixels and cropped back at random. 0 is off.
-        flip: Augmentation: mirror every other image.
+        flip: Augmentation: each image is mirrored with probability 1/2.
         cutout: Augmentation: the side of the square that is blanked out, in pixels. 0 is off.
     """
 
@@ -186,6 +186,11 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "tuple[float, float]": ((tuple,), "two numbers"),
 }
+
+
+def describe_type(option: str) -> str:
+    """Returns what values ``option`` takes, in words: "a number"."""
+    return next(_TYPES[str(field.type)][1] for field in fields(SearchConfig) if field.name == option)
 
 
 def _check_type(name: str, annotation: str, value: object) -> None:

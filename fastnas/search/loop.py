@@ -102,6 +102,7 @@ class Search:
         epoch: Finished epochs.
         step: Finished steps of the epoch under way.
         steps_per_epoch: Steps in an epoch.
+        images: The number of images that train the weights, and of those that train the alphas.
         history: One record for each finished epoch.
         weights: The mixed operations' weights at the start and after each finished epoch, on the CPU.
 
@@ -109,6 +110,9 @@ class Search:
         ValueError: for an unknown space, relaxation or data set, an unusable device or a batch larger than the data.
         OSError: where the data cannot be read.
     """
+
+    FREE_ON_RESUME = frozenset({"device", "threads"})
+    """Options that a resumed search may change: it may move from one machine to another."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
         self.config = config
@@ -124,6 +128,7 @@ class Search:
                     f"batch_size={config.batch_size} is larger than the {len(part)} {name} images that "
                     f"train_portion={config.train_portion} leaves; choose a smaller batch_size"
                 )
+        self.images = (len(train), len(valid))
         self._data = data.to(self.device)
         self._valid = valid
         self._augment = Augment(pad=config.pad, flip=config.flip, cutout=config.cutout)
@@ -184,7 +189,6 @@ class Search:
         Raises:
             DivergenceError: where the loss is no longer a finite number.
         """
-        self._stop = False
         with _settings(self.device, self.config.threads):
             while self.epoch < self.config.epochs and not self._stop:
                 self._run_epoch(on_step)
@@ -192,6 +196,7 @@ class Search:
                     record = self._end_epoch()
                     if on_epoch:
                         on_epoch(self, record)
+        self._stop = False
         return self.result()
 
     def result(self) -> SearchResult:
@@ -241,10 +246,8 @@ class Search:
         Raises:
             CheckpointError: where the state is of a search with other options; the search is then unchanged.
         """
-        # The machine may differ: a search may move from one GPU to another, or to more threads.
-        free = {"device", "threads"}
         mine = self.config.to_dict()
-        differs = [k for k in mine if k not in free and mine[k] != state["config"].get(k)]
+        differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != state["config"].get(k)]
         if differs:
             name = differs[0]
             raise CheckpointError(
