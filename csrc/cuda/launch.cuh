@@ -26,6 +26,13 @@ void launch(const char* name, int64_t bytes, void (*kernel)(P...), dim3 grid, di
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The block of kernels that work on channels_last maps: rows of threads along the channels, one row a pixel.
+inline dim3 pixel_block(int64_t channels) {
+  unsigned x = 4;
+  while (x < channels && x < 64) x *= 2;
+  return dim3(x, 256 / x);
+}
+
 // V elements that are read or written at once; an address of one must be a multiple of its size.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {

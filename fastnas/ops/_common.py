@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnas import _library
+from fastnas._library import DOUBLE_BACKWARD
 
 _fakes: dict[str, Callable[..., Any]] = {}
 
@@ -23,6 +25,34 @@ def register_fakes(fakes: Mapping[str, Callable[..., Any]], namespace: str = "fa
 def register_fakes_for(namespace: str) -> None:
     """Registers every known fake once more, for a second library with the same ops."""
     register_fakes(dict(_fakes), namespace)
+
+
+class _Refuse(torch.autograd.Function):
+    """Passes gradients through; differentiating them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Returns an autograd.Function's ``backward`` whose results refuse, by name of the remedy, to be differentiated."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph
+            return results
+        anchor = torch.zeros((), requires_grad=True)
+        marked = iter(_Refuse.apply(anchor, *(r for r in results if r is not None)))
+        return tuple(None if r is None else next(marked) for r in results)
+
+    return wrapped
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

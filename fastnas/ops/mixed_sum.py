@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastnas import _library
 from fastnas._library import Backend
@@ -32,7 +31,7 @@ class _MixedSum(torch.autograd.Function):
         return ops.mixed_sum(xs, weights)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_common.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, *xs = ctx.saved_tensors
         need_weights, need_xs = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
