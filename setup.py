@@ -81,7 +81,8 @@ if cuda:
     shared = ("cudart", "c10_cuda", "torch_cuda")
     extension.libraries = [lib for lib in extension.libraries if lib not in shared]
     extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
-    extension.library_dirs.append(str(nvcc.resolve().parents[1] / "lib64"))  # CUDA_HOME may hold a mere link to nvcc
+    dryrun = subprocess.run([nvcc, "--dryrun", "x.o"], stderr=subprocess.PIPE, text=True, check=True).stderr
+    extension.library_dirs += dict.fromkeys(re.findall(r'"-L([^"]+)"', dryrun))  # CUDA_HOME may hold a mere wrapper
     extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch"]
 
 
