@@ -14,8 +14,8 @@ struct PartialChannelsArgs {
   const void* grad_active = nullptr;   // T (N, H, W, C/k): split_backward; null: zeros
   void* out = nullptr;                 // what the function computes
 
-  int64_t pixels() const { return N * H * W; }
-  int64_t windows() const { return N * (H / stride) * (W / stride); }  // pixels of the output
+  constexpr int64_t pixels() const { return N * H * W; }
+  constexpr int64_t windows() const { return N * (H / stride) * (W / stride); }  // pixels of the output
 };
 
 namespace cpu {

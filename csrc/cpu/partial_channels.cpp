@@ -1,5 +1,7 @@
 #include "partial_channels.h"
 
+#include <algorithm>
+
 #include "counters.h"
 #include "cpu/dispatch.h"
 
@@ -19,10 +21,20 @@ FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)
 FASTNAS_DECLARE(avx512)
 
+namespace {
+// Runs body over pixels in pieces that are worth a thread.
+template <class Body>
+void over_pixels(int64_t pixels, Parallel parallel, Body body) {
+  constexpr int64_t kPiece = 128;
+  parallel((pixels + kPiece - 1) / kPiece,
+           [&](int64_t begin, int64_t end) { body(begin * kPiece, std::min(pixels, end * kPiece)); });
+}
+}  // namespace
+
 template <class T>
 void partial_channels_split(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels_split", partial_channels_split_bytes(args, sizeof(T)));
-  parallel(args.pixels(), [&](int64_t begin, int64_t end) {
+  over_pixels(args.pixels(), parallel, [&](int64_t begin, int64_t end) {
     FASTNAS_CPU_CALL(partial_channels_split_range<T>, args, begin, end);
   });
 }
@@ -30,7 +42,7 @@ void partial_channels_split(const PartialChannelsArgs& args, Parallel parallel) 
 template <class T>
 void partial_channels_split_backward(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels_split_backward", partial_channels_split_backward_bytes(args, sizeof(T)));
-  parallel(args.windows(), [&](int64_t begin, int64_t end) {
+  over_pixels(args.windows(), parallel, [&](int64_t begin, int64_t end) {
     FASTNAS_CPU_CALL(partial_channels_split_backward_range<T>, args, begin, end);
   });
 }
@@ -38,7 +50,7 @@ void partial_channels_split_backward(const PartialChannelsArgs& args, Parallel p
 template <class T>
 void partial_channels(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels", partial_channels_bytes(args, sizeof(T)));
-  parallel(args.windows(), [&](int64_t begin, int64_t end) {
+  over_pixels(args.windows(), parallel, [&](int64_t begin, int64_t end) {
     FASTNAS_CPU_CALL(partial_channels_range<T>, args, begin, end);
   });
 }
@@ -46,7 +58,7 @@ void partial_channels(const PartialChannelsArgs& args, Parallel parallel) {
 template <class T>
 void partial_channels_backward(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels_backward", partial_channels_backward_bytes(args, sizeof(T)));
-  parallel(args.windows(), [&](int64_t begin, int64_t end) {
+  over_pixels(args.windows(), parallel, [&](int64_t begin, int64_t end) {
     FASTNAS_CPU_CALL(partial_channels_backward_range<T>, args, begin, end);
   });
 }

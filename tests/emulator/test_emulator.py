@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build import build_program  # noqa: E402
+from build import build_program
 
 SOURCE = Path(__file__).with_name("selftest.cu")
 
