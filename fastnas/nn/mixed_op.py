@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastnas.nn.operations import OPS, PRIMITIVES
+from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
+from fastnas.nn.widen import widen
+from fastnas.ops.mixed_op import Candidate, mixed_op
+from fastnas.ops.mixed_sum import mixed_sum
+from fastnas.ops.partial_channels import partial_channels, partial_channels_split
+
+_FUSED_DEPTHWISE = {(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)}  # (kernel, dilation)
 
 
 class MixedOp(nn.Module):
-    """Temporary eager form; the native one has the same signature."""
+    """Weighted sum of candidate operations, computed as one fused op. Drops into DARTS scripts.
+
+    ``MixedOp(C, stride)`` has the eight DARTS primitives; ``MixedOp(C, stride, k)`` sends the first C/k channels
+    through them (PC-DARTS, DrNAS); ``MixedOp(C, stride, primitives)`` has those named; ``MixedOp([op0, op1, ...])`` has
+    modules of your own. Children are named ``_ops.<i>`` as in DARTS, so its state dicts load with ``strict=True``.
+
+    DARTS' own candidates, and the last ``BatchNorm2d(affine=False)`` of any other, are folded into the sum; everything
+    else about a module (custom forward, hooks, other norms) is respected by calling it.
+
+    Args:
+        C: channels in and out, or the candidates themselves.
+        stride: 1 or 2.
+        third: ``k`` or ``primitives``, by its type, as DrNAS and SmoothDARTS pass it.
+        k: one channel in ``k`` goes through the candidates.
+        primitives: names in :data:`fastnas.nn.operations.OPS`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
 
     def __init__(
         self,
-        C: int | Sequence[nn.Module],
+        C: int | Iterable[nn.Module],
         stride: int = 1,
         third: int | Sequence[str] | None = None,
         *,
@@ -23,19 +49,296 @@ class MixedOp(nn.Module):
         primitives: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        assert isinstance(C, int)
         if isinstance(third, int):
             k = third
         elif third is not None:
             primitives = third
-        self.k = k or 1
-        self._ops = nn.ModuleList()
-        for p in primitives or PRIMITIVES:
-            op = OPS[p](C // self.k, stride, False)
-            if "pool" in p:
-                op = nn.Sequential(op, nn.BatchNorm2d(C // self.k, affine=False))
-            self._ops.append(op)
+        if stride not in (1, 2):
+            raise ValueError(f"stride is {stride}: expected 1 or 2")
+        self.stride = stride
+        self.k = 1 if k is None else k
+        if isinstance(C, int):
+            if self.k < 1 or C < 1 or C % self.k:
+                raise ValueError(f"k={k} does not divide the C={C} channels: choose a k that does")
+            names = PRIMITIVES if primitives is None else primitives
+            unknown = [p for p in names if p not in OPS]
+            if isinstance(names, str) or unknown:
+                raise ValueError(f"primitives: {unknown or names!r} not known; choose a sequence from {', '.join(OPS)}")
+            ops: Iterable[nn.Module] = (_build(p, C // self.k, stride) for p in names)
+        else:
+            if primitives is not None or self.k != 1:
+                raise ValueError("k and primitives go with a number of channels, not with a list of modules")
+            ops = C
+        self._ops = nn.ModuleList(ops)
+        if not len(self._ops):
+            raise ValueError("a MixedOp needs at least one candidate")
+        self._plan: _Plan | None = None
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Returns sum_o w_o * o(x), shape (N, C, H/stride, W/stride)."""
-        return torch.stack([w * op(x) for w, op in zip(weights, self._ops, strict=True)]).sum(0)
+    def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns ``sum_o weights[o] * op_o(x)``, shape (N, C, ceil(H / stride), ceil(W / stride)).
+
+        Args:
+            x: shape (N, C, H, W).
+            weights: one a candidate, as a relaxation gives them.
+        """
+        if not isinstance(weights, Tensor):
+            weights = torch.stack(tuple(weights))
+        if self.k == 1:
+            return self._sum(x, weights)
+        active, bypass = partial_channels_split(x, self.k, self.stride)
+        return partial_channels(self._sum(active, weights), bypass)
+
+    def wider(self, k: int, generator: torch.Generator | None = None) -> None:
+        """Sends more channels through the candidates: C/k from now on (DrNAS, arXiv:2006.10355, Eq. 7 and 8).
+
+        Channel j of a widened layer is channel j of the old one, or a random old one beyond its width. Parameters are
+        replaced, so optimizers must be told.
+
+        Args:
+            k: smaller than before, and a divisor of C.
+            generator: source of the random channels; torch's global one by default.
+
+        Raises:
+            ValueError: where ``k`` does not fit, or a candidate cannot be widened.
+        """
+        channels = _channels(self._ops) * self.k
+        if not 1 <= k < self.k or channels % k:
+            raise ValueError(f"k={k}: expected a divisor of the {channels} channels that is smaller than {self.k}")
+        for op in self._ops:
+            widen(op, channels // self.k, channels // k, generator)
+        self.k = k
+        self._plan = None
+
+    def extra_repr(self) -> str:
+        """Returns the stride, and k where it is not 1."""
+        return f"stride={self.stride}" + (f", k={self.k}" if self.k != 1 else "")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_plan": None}  # the plan points at modules; a copy makes its own
+
+    def _sum(self, x: Tensor, weights: Tensor) -> Tensor:
+        if x.dim() != 4:
+            return mixed_sum([op(x) for op in self._ops], weights)
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = self._plan = _Plan(self)
+        return plan.run(x, weights)
+
+
+def _build(name: str, C: int, stride: int) -> nn.Module:
+    op = OPS[name](C, stride, False)
+    return nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
+
+
+def _channels(ops: nn.ModuleList) -> int:
+    for module in ops.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            return module.num_features
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise ValueError("no candidate tells how many channels go through it: none has a convolution or a batch norm")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How one candidate enters the fused op."""
+
+    candidate: Candidate
+    norms: tuple[nn.BatchNorm2d, ...] = ()
+    convs: tuple[nn.Conv2d, ...] = ()  # of a separable candidate: depthwise, pointwise of each stage
+    head: Callable[[Tensor], Tensor] | None = None  # of a map: all before its norm
+
+
+class _Plan:
+    """What a MixedOp's candidates are, found once and kept while they stay what they are."""
+
+    def __init__(self, owner: MixedOp) -> None:
+        self.training = owner.training
+        self.stride = owner.stride
+        self.entries = [_describe(op, owner.stride, owner.training) for op in owner._ops]
+        self.candidates = tuple(e.candidate for e in self.entries)
+        self.norms = [n for e in self.entries for n in e.norms]
+        self.convs = [c for e in self.entries for c in e.convs]
+        self.heads = [e.head for e in self.entries if e.head is not None]
+        self.eps = [n.eps for n in self.norms]
+        self.tracked = [n for n in self.norms if n.training and n.track_running_stats and n.running_mean is not None]
+        self.rows = [i for i, n in enumerate(self.norms) if n in self.tracked]
+        # What must not change: the modules inside, and that none of them has hooks.
+        fused = [op for op, e in zip(owner._ops, self.entries, strict=True) if e.candidate.kind != "map" or e.norms]
+        self.inside = [m for op in fused for m in op.modules()]
+        self.shape = [(m._modules, tuple(m._modules.values())) for m in [owner._ops, *self.inside] if m._modules]
+
+    def holds(self, owner: MixedOp) -> bool:
+        return (
+            owner.training == self.training
+            and all(n.training == self.training for n in self.norms)
+            and all(tuple(d.values()) == v for d, v in self.shape)
+            and not any(map(_hooked, self.inside))
+            and all(n.eps == e for n, e in zip(self.norms, self.eps, strict=True))
+        )
+
+    def run(self, x: Tensor, weights: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        out = (n, c, -(-h // self.stride), -(-w // self.stride))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        maps = [head(x) for head in self.heads]
+        if any(m.shape != out for m in maps):
+            return self._run_apart(x, weights, maps)
+        if torch.is_autocast_enabled(x.device.type):
+            maps = [m.to(x.dtype) for m in maps]
+            params = [conv.weight.to(x.dtype) for conv in self.convs]
+        else:
+            params = [conv.weight for conv in self.convs]
+        statistics = None
+        if self.norms and not self.training:
+            means, variances = zip(*((n.running_mean, n.running_var) for n in self.norms), strict=True)
+            statistics = (torch.stack(means), torch.stack(variances))
+        result = mixed_op(
+            x, weights, self.candidates, params, maps, stride=self.stride, eps=self.eps, statistics=statistics
+        )
+        if self.tracked:
+            assert result.mean is not None
+            assert result.variance is not None
+            self._update(result.mean, result.variance)
+        return result.y
+
+    def _run_apart(self, x: Tensor, weights: Tensor, maps: list[Tensor]) -> Tensor:
+        """The same for candidates whose outputs have another shape than one edge of the DARTS space gives."""
+        outputs, rest = [], list(maps)
+        for entry in self.entries:
+            if entry.head is None:
+                raise ValueError(
+                    f"candidates disagree in shape: {[tuple(m.shape) for m in maps]} beside {entry.candidate.kind}, "
+                    f"which gives {x.shape[1]} channels with stride {self.stride}; check C and stride of your modules"
+                )
+            z = rest.pop(0)
+            outputs.append(entry.norms[0](z) if entry.norms else z)
+        return mixed_sum(outputs, weights)
+
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        """Updates the running statistics as torch.nn.BatchNorm2d does."""
+        tracked = self.tracked
+        counts = [n.num_batches_tracked for n in tracked if n.num_batches_tracked is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        means, variances = mean.unbind(0), variance.unbind(0)
+        for momentum in {n.momentum for n in tracked}:
+            chosen = [(n, row) for n, row in zip(tracked, self.rows, strict=True) if n.momentum == momentum]
+            for old, new in (
+                ([n.running_mean for n, _ in chosen], [means[row] for _, row in chosen]),
+                ([n.running_var for n, _ in chosen], [variances[row] for _, row in chosen]),
+            ):
+                buffers = [b for b in old if b is not None]
+                new = [v.to(b.dtype) for v, b in zip(new, buffers, strict=True)]
+                if momentum is not None:
+                    torch._foreach_lerp_(buffers, new, momentum)
+                    continue
+                for (norm, _), buffer, value in zip(chosen, buffers, new, strict=True):  # cumulative average
+                    assert norm.num_batches_tracked is not None
+                    buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
+
+
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
+    """Finds what of ``op`` the fused op can take over; anything unusual makes it a map that is simply called."""
+    whole = _Entry(Candidate("map"), head=op)
+    if any(map(_hooked, op.modules())):
+        return whole
+    if type(op) is Zero and op.stride == stride:
+        return _Entry(Candidate("none"))
+    if type(op) in (Identity, nn.Identity):
+        return _Entry(Candidate("skip")) if stride == 1 else whole
+    layers = _layers(op)
+    if layers is None:
+        if type(op) is FactorizedReduce and _foldable(op.bn, training):
+            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce)
+        return whole
+    pool = _pool(layers[0], stride)
+    if pool is not None:
+        if len(layers) == 1:
+            return _Entry(Candidate(pool))
+        norm = layers[1]
+        if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and _foldable(norm, training):
+            return _Entry(Candidate(pool, norm=True), (norm,))
+    separable = _separable(layers, stride, training)
+    if separable is not None:
+        return separable
+    last = layers[-1]
+    if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and _foldable(last, training):
+        return _Entry(Candidate("map", norm=True), (last,), head=nn.Sequential(*layers[:-1]))
+    return whole
+
+
+def _layers(op: nn.Module) -> list[nn.Module] | None:
+    """The layers of a module that does nothing but run them in order, else None."""
+    if type(op) in (SepConv, DilConv, ReLUConvBN):
+        return _layers(op.op)  # type: ignore[arg-type]
+    if type(op) is nn.Sequential:
+        nested = [_layers(m) for m in op]
+        layers = [layer for part in nested if part is not None for layer in part]
+        return layers if layers and None not in nested else None
+    return [op] if not isinstance(op, FactorizedReduce) else None
+
+
+def _foldable(norm: nn.Module, training: bool) -> bool:
+    """Whether it is a plain batch norm without parameters that takes the statistics the fused op will give it."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.weight is None
+        and norm.bias is None
+        and norm.training == training
+        and (training or norm.running_mean is not None)
+    )
+
+
+def _pool(m: nn.Module, stride: int) -> Literal["max_pool", "avg_pool"] | None:
+    """``max_pool`` or ``avg_pool`` where it is the 3x3 pool of the DARTS space with this stride."""
+
+    def is_pair(value: object, expected: int) -> bool:
+        return value in (expected, (expected, expected))
+
+    shape = isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)) and not m.ceil_mode
+    if not shape or not (is_pair(m.kernel_size, 3) and is_pair(m.stride, stride) and is_pair(m.padding, 1)):
+        return None
+    if type(m) is nn.MaxPool2d and is_pair(m.dilation, 1) and not m.return_indices:
+        return "max_pool"
+    if type(m) is nn.AvgPool2d and not m.count_include_pad and m.divisor_override is None:
+        return "avg_pool"
+    return None
+
+
+def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry | None:
+    """One or more times ReLU, depthwise, pointwise, batch norm, all of one kernel size and width."""
+    if len(layers) % 4:
+        return None
+    convs: list[nn.Conv2d] = []
+    norms: list[nn.BatchNorm2d] = []
+    for i in range(0, len(layers), 4):
+        act, dw, pw, norm = layers[i : i + 4]
+        if type(act) is not nn.ReLU or type(dw) is not nn.Conv2d or type(pw) is not nn.Conv2d:
+            return None
+        if not isinstance(norm, nn.BatchNorm2d) or not _foldable(norm, training):
+            return None
+        channels, kernel, dilation = dw.in_channels, dw.kernel_size[0], dw.dilation[0]
+        expected_stride = stride if i == 0 else 1
+        if (
+            (kernel, dilation) not in _FUSED_DEPTHWISE
+            or dw.kernel_size != (kernel, kernel)
+            or dw.dilation != (dilation, dilation)
+            or dw.stride != (expected_stride, expected_stride)
+            or dw.padding != (dilation * (kernel - 1) // 2,) * 2
+            or not dw.groups == dw.out_channels == channels == pw.in_channels == pw.out_channels == norm.num_features
+            or (pw.kernel_size, pw.stride, pw.padding, pw.groups) != ((1, 1), (1, 1), (0, 0), 1)
+            or any(c.bias is not None or c.padding_mode != "zeros" for c in (dw, pw))
+            or (convs and (convs[0].kernel_size, convs[0].dilation) != (dw.kernel_size, dw.dilation))
+        ):
+            return None
+        convs += [dw, pw]
+        norms.append(norm)
+    kernel, dilation = convs[0].kernel_size[0], convs[0].dilation[0]
+    candidate = Candidate("separable", kernel=kernel, dilation=dilation, stages=len(norms))
+    return _Entry(candidate, tuple(norms), tuple(convs))

@@ -153,14 +153,18 @@ class FactorizedReduce(nn.Module):
         Raises:
             ValueError: where H or W is odd.
         """
+        y: Tensor = self.bn(self.reduce(x))
+        return y
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Returns the forward's result from before the batch norm."""
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(
                 f"FactorizedReduce: x has height {x.shape[2]} and width {x.shape[3]}, both must be even: pad or resize "
                 "the images to a multiple of 2 for every reduction cell (of 4 in the DARTS space)"
             )
         x = self.relu(x)
-        y: Tensor = self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
-        return y
+        return torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
 
 
 @primitive("none")

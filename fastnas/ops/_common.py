@@ -49,7 +49,7 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         if not torch.is_grad_enabled():  # no create_graph
             return results
         anchor = torch.zeros((), requires_grad=True)
-        marked = iter(_Refuse.apply(anchor, *(r for r in results if r is not None)))
+        marked = iter(_Refuse.apply(anchor, *(r for r in results if r is not None)))  # type: ignore[no-untyped-call]
         return tuple(None if r is None else next(marked) for r in results)
 
     return wrapped

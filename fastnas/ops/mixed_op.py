@@ -29,9 +29,9 @@ _MAX_TERMS = 24  # kMaxTerms and kMaxStages in csrc/mixed_op.h
 class Candidate:
     """One candidate operation of an edge.
 
-    ``none``: zeros. ``skip``: the input. ``max_pool``, ``avg_pool``: 3x3, padding 1, padding not counted. ``separable``:
-    ``stages`` times ReLU, depthwise ``kernel`` x ``kernel`` with ``dilation`` (same padding), pointwise, batch norm; the
-    edge's stride is the first stage's. ``map``: a tensor computed outside.
+    ``none``: zeros. ``skip``: the input. ``max_pool``, ``avg_pool``: 3x3, padding 1, padding not counted.
+    ``separable``: ``stages`` times ReLU, depthwise ``kernel`` x ``kernel`` with ``dilation`` (same padding), pointwise,
+    batch norm; the edge's stride is the first stage's. ``map``: a tensor computed outside.
 
     Attributes:
         kind: what it is.
@@ -240,7 +240,7 @@ def mixed_op(
         invstd = torch.rsqrt(variance + torch.tensor(eps, dtype=compute, device=x.device)[:, None])
         statistics = (mean.contiguous(), invstd)
     plan = [v for c in candidates for v in (_KINDS.index(c.kind), int(c.norm), c.kernel, c.dilation, c.stages)]
-    y, batch_mean, batch_variance = _MixedOp.apply(
+    y, batch_mean, batch_variance = _MixedOp.apply(  # type: ignore[no-untyped-call]
         *(ops, plan, stride, eps, statistics, (len(params), len(maps))),
         x.contiguous(memory_format=torch.channels_last),
         weights.to(compute).contiguous(),
@@ -271,10 +271,7 @@ def _check(
     if stride == 2 and any(o.kind == "skip" for o in candidates):
         raise ValueError("a skip candidate returns its input, which stride 2 does not allow: pass it as a map")
     shapes = [
-        s
-        for o in candidates
-        if o.kind == "separable"
-        for s in ((c, 1, o.kernel, o.kernel), (c, c, 1, 1)) * o.stages
+        s for o in candidates if o.kind == "separable" for s in ((c, 1, o.kernel, o.kernel), (c, c, 1, 1)) * o.stages
     ]
     for name, tensors, expected in (
         ("params", params, shapes),

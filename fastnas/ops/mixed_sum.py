@@ -59,9 +59,10 @@ def mixed_sum(xs: Sequence[Tensor], weights: Tensor, *, backend: Backend | None 
         return mixed_sum_reference(xs, weights)
     weights = weights.to(_common.compute_dtype(xs[0])).contiguous()
     xs = _common.same_layout(xs)
-    total: Tensor = _MixedSum.apply(ops, weights[:MAX_SUMMANDS], *xs[:MAX_SUMMANDS])
+    total: Tensor = _MixedSum.apply(ops, weights[:MAX_SUMMANDS], *xs[:MAX_SUMMANDS])  # type: ignore[no-untyped-call]
     for i in range(MAX_SUMMANDS, len(xs), MAX_SUMMANDS):
-        total = total + _MixedSum.apply(ops, weights[i : i + MAX_SUMMANDS], *xs[i : i + MAX_SUMMANDS])
+        rest = slice(i, i + MAX_SUMMANDS)
+        total = total + _MixedSum.apply(ops, weights[rest], *xs[rest])  # type: ignore[no-untyped-call]
     return total
 
 
