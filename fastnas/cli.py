@@ -120,7 +120,10 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     )
     run = search.add_argument_group("Run")
     run.add_argument(
-        "--config", action="config", metavar="FILE", help="A YAML file with any of these options, such as a run's config.yaml."
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="A YAML file with any of these options, such as a run's config.yaml.",
     )
     run.add_argument(
         "--out", metavar="FOLDER", help="The run folder. (default: runs/<space>-<method>-<data>-seed<seed>)"
@@ -259,7 +262,7 @@ def _run(search: Search, folder: RunFolder) -> int:
     parameters = sum(p.numel() for p in search.supernet.parameters())
     console.print(
         f"[bold]{get_method(config.method).summary}[/] in the {config.space} space on {config.data}: "
-        f"{search.images[0]:,} images train the weights, {search.images[1]:,} the alphas"
+        f"{len(search.parts[0]):,} images train the weights, {len(search.parts[1]):,} the alphas"
     )
     console.print(
         f"supernet of {config.layers} cells, {config.channels} channels, {parameters:,} parameters, "

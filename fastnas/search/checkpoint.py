@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,13 +52,19 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: for a missing, damaged or foreign file, or one of a newer version.
+        OSError: where the file cannot be read.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; start the search anew") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+    try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("no zip archive")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the reader raise nearly anything
         raise CheckpointError(
             f"{path} is damaged or is not a checkpoint of fastnas ({_first_line(error)}); "
             "remove it and start the search anew"

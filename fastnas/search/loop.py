@@ -102,7 +102,7 @@ class Search:
         epoch: Finished epochs.
         step: Finished steps of the epoch under way.
         steps_per_epoch: Steps in an epoch.
-        images: The number of images that train the weights, and of those that train the alphas.
+        parts: The indices of the images that train the weights, and of those that train the alphas.
         history: One record for each finished epoch.
         weights: The mixed operations' weights at the start and after each finished epoch, on the CPU.
 
@@ -128,9 +128,8 @@ class Search:
                     f"batch_size={config.batch_size} is larger than the {len(part)} {name} images that "
                     f"train_portion={config.train_portion} leaves; choose a smaller batch_size"
                 )
-        self.images = (len(train), len(valid))
         self._data = data.to(self.device)
-        self._valid = valid
+        self.parts = (train, valid)
         self._augment = Augment(pad=config.pad, flip=config.flip, cutout=config.cutout)
         # BatchNorm wants no small last batch; the images that miss an epoch are others each time.
         self._train_batches = Batches(train, config.batch_size, seed=_seed(config.seed, "train"), drop_last=True)
@@ -342,13 +341,14 @@ class Search:
         weights = self._weights()
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for indices in torch.split(self._valid, self.config.batch_size):
-            images, labels = self._batch(indices)
-            logits = self.supernet(normalize(images, self._data.mean, self._data.std), weights)
+        for indices in torch.split(self.parts[1], self.config.batch_size):
+            pixels, labels = self._batch(indices)
+            logits = self.supernet(normalize(pixels, self._data.mean, self._data.std), weights)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
         self.supernet.train(training)
-        return loss.item() / len(self._valid), correct.item() / len(self._valid)
+        images = len(self.parts[1])
+        return loss.item() / images, correct.item() / images
 
     def _batch(self, indices: Tensor) -> Batch:
         indices = indices.to(self.device)

@@ -203,5 +203,5 @@ def dump_config(config: SearchConfig) -> str:
     for group in GROUPS:
         lines += ["", f"# {(group.__doc__ or '').splitlines()[0].rstrip('.')}"]
         chosen: dict[str, Any] = {field.name: options[field.name] for field in fields(group)}
-        lines.append(yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None).rstrip())
+        lines.append(yaml.safe_dump(chosen, sort_keys=False).rstrip())
     return "\n".join(lines) + "\n"
