@@ -1,0 +1,7 @@
+"""Pictures of cells and of the architecture parameters, drawn with matplotlib alone and no global state."""
+
+from .alphas import alphas_figure, plot_alphas
+from .cell import cell_figure, draw_cell, draw_genotype
+from .style import op_color
+
+__all__ = ["alphas_figure", "cell_figure", "draw_cell", "draw_genotype", "op_color", "plot_alphas"]
