@@ -1,0 +1,190 @@
+"""The whole supernet against an independent transcription of the DARTS definition."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from darts_reference import Reference, state_of
+from torch.nn import functional as F
+
+import fastnas
+from fastnas.nn import Cell, Supernet
+
+CASES = {
+    # channels, layers, image (C, H, W), N, k, edge weights
+    "digits": (4, 3, (1, 8, 8), 3, 1, False),
+    "wide": (8, 5, (3, 12, 20), 2, 1, False),
+    "two reductions only": (4, 2, (3, 8, 12), 3, 1, False),
+    "one cell": (4, 1, (2, 6, 10), 3, 1, False),
+    "partial": (8, 3, (1, 8, 8), 3, 4, True),
+    "partial, one channel each": (4, 3, (3, 12, 4), 3, 4, False),
+    "partial, wide": (16, 5, (3, 12, 20), 2, 4, True),
+}
+
+
+class Case:
+    def __init__(self, name, seed=0):
+        self.channels, self.layers, image, N, self.k, edges = CASES[name]
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.net = Supernet(self.channels, self.layers, 7, image[0], k=self.k).double()
+        draw = {"generator": generator, "dtype": torch.float64}
+        self.x = torch.randn(N, *image, **draw)
+        self.target = torch.randint(7, (N,), generator=generator)
+        self.alphas = {"normal": torch.randn(14, 8, **draw), "reduce": torch.randn(14, 8, **draw)}
+        self.betas = {"normal": torch.rand(14, **draw), "reduce": torch.rand(14, **draw)} if edges else None
+
+    def settle(self):
+        """Sets the running statistics to those of the batch: with the initial ones, signals die out layer by layer."""
+        norms = [m for m in self.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            self.net(self.x, {k: v.softmax(-1) for k, v in self.alphas.items()}, self.betas)
+        for norm in norms:
+            norm.momentum = 0.1
+
+    def run(self, dtype, forward, parameters, buffers):
+        """Returns logits, gradients and running statistics of ``forward(x, weights, edge_weights)``."""
+        leaves = {f"alphas {k}": v.to(dtype, copy=True).requires_grad_() for k, v in self.alphas.items()}
+        weights = {k: leaves[f"alphas {k}"].softmax(-1) for k in self.alphas}
+        edges = None
+        if self.betas is not None:
+            edges = {k: v.to(dtype, copy=True).requires_grad_() for k, v in self.betas.items()}
+            leaves |= {f"betas {k}": v for k, v in edges.items()}
+        leaves |= parameters
+        logits = forward(self.x.to(dtype), weights, edges)
+        loss = F.cross_entropy(logits, self.target)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return {"logits": logits.detach(), **dict(zip(leaves, gradients, strict=True)), **buffers()}
+
+    def fastnas(self, dtype, training=True):
+        net = deepcopy(self.net).to(dtype).train(training)
+        return self.run(dtype, net, dict(net.named_parameters()), lambda: dict(net.named_buffers()))
+
+    def reference(self, dtype, training=True):
+        state = state_of(self.net, dtype)
+        reference = Reference(state, training=training, k=self.k)
+        parameters = {k: v for k, v in state.items() if v.requires_grad}
+        return self.run(
+            dtype,
+            lambda x, weights, edges: reference.network(x, weights, self.layers, edges),
+            parameters,
+            lambda: {k: v for k, v in state.items() if not v.requires_grad},
+        )
+
+
+def distance(a, b):
+    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition_in_float64(name, training):
+    case = Case(name)
+    if not training:
+        case.settle()
+    expected, got = case.reference(torch.float64, training), case.fastnas(torch.float64, training)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key].shape == value.shape
+        assert distance(got[key], value) <= 1e-9 * max(1e-6, float(value.double().norm())), key
+    assert any(float(expected[key].norm()) > 1e-3 for key in ("alphas normal", "alphas reduce"))
+
+
+@pytest.mark.parametrize("name", ["digits", "wide", "partial"])
+def test_float32_error_is_at_most_twice_that_of_eager(name):
+    # one draw of rounding errors is luck for tensors of a few elements: errors are summed over several
+    errors, norms = {}, {}
+    for seed in range(4):
+        case = Case(name, seed)
+        exact = case.reference(torch.float64)
+        sides = case.fastnas(torch.float32), case.reference(torch.float32)
+        for key, value in exact.items():
+            ours, eagers = (distance(side[key], value) ** 2 for side in sides)
+            total = errors.setdefault(key, [0.0, 0.0])
+            total[0] += ours
+            total[1] += eagers
+            norms[key] = norms.get(key, 0.0) + float(value.double().norm()) ** 2
+    for key, (ours, eagers) in errors.items():
+        unit = torch.finfo(torch.float32).eps * norms[key] ** 0.5
+        assert ours**0.5 <= 2 * max(eagers**0.5, unit), key
+
+
+def test_training_learns_and_statistics_move():
+    case = Case("digits")
+    before = deepcopy(case.net.state_dict())
+    after = case.fastnas(torch.float64)
+    assert int(after["stem.1.num_batches_tracked"]) == 1
+    assert not torch.equal(
+        before["cells.0._ops.0._ops.4.op.3.running_mean"], after["cells.0._ops.0._ops.4.op.3.running_mean"]
+    )
+
+
+def test_same_bits_again():
+    case = Case("digits")
+    first, second = case.fastnas(torch.float32), case.fastnas(torch.float32)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_alphas_are_no_part_of_the_module():
+    net = Supernet(4, 3, 10, 1)
+    assert not [name for name in net.state_dict() if "alpha" in name or "beta" in name]
+
+
+def test_other_nodes_and_primitives():
+    primitives = ("skip_connect", "max_pool_3x3", "sep_conv_3x3")
+    torch.manual_seed(0)
+    net = Supernet(4, 3, 5, 2, primitives=primitives, steps=3, multiplier=2, stem_multiplier=2).double()
+    state = state_of(net, torch.float64)
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    weights = {k: torch.randn(9, 3, dtype=torch.float64).softmax(-1) for k in ("normal", "reduce")}
+    expected = Reference(state, primitives=primitives).network(x, weights, 3, steps=3, multiplier=2)
+    assert net.stem[0].weight.shape == (8, 2, 3, 3)
+    torch.testing.assert_close(net(x, weights), expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_cell_takes_rows():
+    torch.manual_seed(0)
+    cell = Cell(2, 2, 4, 4, 4, False, False).double().eval()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    weights = torch.rand(5, 8, dtype=torch.float64)
+    assert torch.equal(cell(x, x, list(weights)), cell(x, x, weights))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels=0 must be at least 1"),
+        ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"in_channels": 0}, "in_channels=0 must be at least 1"),
+        ({"multiplier": 5}, "multiplier=5 must be from 1 to steps=4"),
+    ],
+)
+def test_bad_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Supernet(**{"channels": 4, "layers": 3, **arguments})
+
+
+def test_bad_weights():
+    net = Supernet(4, 3, 10, 1)
+    x, good = torch.randn(2, 1, 8, 8), torch.rand(14, 8)
+    with pytest.raises(ValueError, match=r"weights\['reduce'\] must have one row for each of 14 edges, got nothing"):
+        net(x, {"normal": good})
+    with pytest.raises(ValueError, match=r"weights\['normal'\] must have one row for each of 14 edges, got 13 rows"):
+        net(x, {"normal": good[:13], "reduce": good})
+    with pytest.raises(ValueError, match=r"edge_weights\['normal'\] must have one row"):
+        net(x, {"normal": good, "reduce": good}, {"normal": torch.rand(3), "reduce": torch.rand(14)})
+    with pytest.raises(ValueError, match="must be even"):
+        net(torch.randn(2, 1, 10, 10), {"normal": good, "reduce": good})
+
+
+def test_second_derivatives_in_the_block():
+    case = Case("digits")
+    alphas = {k: v.requires_grad_() for k, v in case.alphas.items()}
+    with fastnas.twice_differentiable():
+        loss = F.cross_entropy(case.net(case.x, {k: v.softmax(-1) for k, v in alphas.items()}), case.target)
+        (first,) = torch.autograd.grad(loss, alphas["normal"], create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), alphas["normal"])
+    assert second.isfinite().all()
+    assert second.any()

@@ -1,0 +1,226 @@
+import json
+import os
+import pickle
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from fastnas.genotype import Genotype
+
+EDGES = [
+    ("sep_conv_3x3", 1),
+    ("sep_conv_3x3", 0),
+    ("skip_connect", 0),
+    ("sep_conv_3x3", 1),
+    ("skip_connect", 0),
+    ("sep_conv_3x3", 1),
+    ("sep_conv_3x3", 0),
+    ("skip_connect", 2),
+]
+REDUCE = [("max_pool_3x3", n % 2) for n in range(8)]
+GENOTYPE = Genotype(normal=EDGES, normal_concat=range(2, 6), reduce=REDUCE, reduce_concat=[3, 4, 5])
+TEXT = (
+    "Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), "
+    "('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=range(2, 6), "
+    "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 0), ('max_pool_3x3', 1), "
+    "('max_pool_3x3', 0), ('max_pool_3x3', 1), ('max_pool_3x3', 0), ('max_pool_3x3', 1)], reduce_concat=range(3, 6))"
+)
+
+
+def changed(**fields):
+    return GENOTYPE._replace(**fields)
+
+
+def test_equality_looks_at_contents():
+    same = Genotype([list(edge) for edge in EDGES], [2, 3, 4, 5], tuple(REDUCE), (3, 4, np.int64(5)))
+    assert same == GENOTYPE
+    assert (same != GENOTYPE) is False
+    assert hash(same) == hash(GENOTYPE)
+    assert len({same, GENOTYPE}) == 1
+    # a script's own namedtuple of the same fields
+    other = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+    assert GENOTYPE == other(EDGES, [2, 3, 4, 5], REDUCE, range(3, 6))  # noqa: SIM300
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        changed(normal_concat=range(2, 5)),
+        changed(reduce_concat=[3, 5, 4]),
+        changed(normal=[("skip_connect", 1), *EDGES[1:]]),
+        changed(normal=[("sep_conv_3x3", 0), *EDGES[1:]]),
+        changed(normal=EDGES[:6]),
+        changed(normal=None),
+        "genotype",
+        None,
+    ],
+)
+def test_inequality(other):
+    assert other != GENOTYPE
+    assert (other == GENOTYPE) is False
+
+
+def test_text_is_darts_notation():
+    assert GENOTYPE.to_text() == TEXT
+    # the text is Python that builds the genotype again
+    assert eval(TEXT, {"Genotype": Genotype, "range": range}) == GENOTYPE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        f"DARTS_V2 = {TEXT}\n",
+        f"11/22 05:13:01 AM genotype = {TEXT}",
+        TEXT.replace("range(2, 6)", "[2, 3, 4, 5]").replace("range(3, 6)", "(3, 4, 5)"),
+        TEXT.replace("range(2, 6)", "list(range(2, 6))"),
+        TEXT.replace("range(2, 6)", "range(2, 6, 1)"),
+        TEXT.replace("(", "(\n  ").replace(",", ",\n"),
+        TEXT.replace("normal=", "").replace("normal_concat=", "").replace("reduce=", "").replace("reduce_concat=", ""),
+    ],
+)
+def test_reads_darts_notation(text):
+    assert Genotype.from_text(text) == GENOTYPE
+
+
+def test_json():
+    text = GENOTYPE.to_json()
+    assert json.loads(text) == {
+        "normal": [list(edge) for edge in EDGES],
+        "normal_concat": [2, 3, 4, 5],
+        "reduce": [list(edge) for edge in REDUCE],
+        "reduce_concat": [3, 4, 5],
+    }
+    read = Genotype.from_json(text)
+    assert read == GENOTYPE
+    assert isinstance(read.normal[0], tuple)
+
+
+def test_unequal_cells_and_gaps():
+    genotype = Genotype(EDGES, [2, 5], REDUCE[:2], [2])
+    assert Genotype.from_json(genotype.to_json()) == Genotype.from_text(genotype.to_text()) == genotype
+    assert "normal_concat=[2, 5]" in genotype.to_text()
+    assert "reduce_concat=range(2, 3)" in genotype.to_text()
+
+
+def test_numpy_integers_are_written():
+    genotype = changed(normal=[(op, np.int64(i)) for op, i in EDGES], normal_concat=np.arange(2, 6).tolist())
+    assert genotype.to_text() == TEXT
+    assert Genotype.from_json(genotype.to_json()) == GENOTYPE
+
+
+@pytest.mark.parametrize("name", ["genotype.json", "genotype.txt", "genotype"])
+def test_files(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("old")
+    GENOTYPE.save(path)
+    assert Genotype.load(path) == GENOTYPE
+    assert Genotype.load(str(path)) == GENOTYPE
+    assert os.listdir(tmp_path) == [name]
+    assert path.read_text().startswith("Genotype(" if name.endswith("txt") else "{")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "genotype.json"
+    GENOTYPE.save(path)
+    with pytest.raises(ValueError, match="normal_concat"):
+        changed(normal_concat=[9]).save(path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        changed(normal_concat=[2]).save(path)
+    assert os.listdir(tmp_path) == ["genotype.json"]
+    assert Genotype.load(path) == GENOTYPE
+
+
+def test_load_names_the_file(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"normal": []')
+    with pytest.raises(ValueError, match=r"broken\.json: genotype: not valid JSON"):
+        Genotype.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"broken\.json: "):
+        Genotype.load(path)
+
+
+def test_pickle():
+    assert pickle.loads(pickle.dumps(GENOTYPE)) == GENOTYPE
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normal": []}, "normal must be a list of .* pairs, two a node"),
+        ({"normal": EDGES[:3]}, "normal must be a list of .* pairs, two a node"),
+        ({"normal": "sep_conv_3x3"}, "normal must be a list"),
+        ({"reduce": [*REDUCE[:7], ("skip_connect",)]}, r"reduce\[7\] must be a pair"),
+        ({"reduce": [(1, 1), *REDUCE[1:]]}, r"reduce\[0\] must be a pair"),
+        ({"normal": [("skip_connect", 2), *EDGES[1:]]}, r"normal\[0\] has input 2, but node 0 can read states 0 to 1"),
+        ({"normal": [("skip_connect", -1), *EDGES[1:]]}, r"normal\[0\] has input -1"),
+        ({"normal": [("skip_connect", 0.0), *EDGES[1:]]}, r"the input of normal\[0\] must be an integer, got 0\.0"),
+        ({"normal": [("skip_connect", True), *EDGES[1:]]}, "must be an integer, got True"),
+        ({"normal_concat": []}, "normal_concat must be a list or a range"),
+        ({"normal_concat": 4}, "normal_concat must be a list or a range"),
+        ({"normal_concat": [2, 2]}, "normal_concat must hold different states from 2 to 5"),
+        ({"reduce_concat": range(2, 7)}, "reduce_concat must hold different states from 2 to 5"),
+        ({"reduce_concat": [1, 2]}, "reduce_concat must hold different states from 2 to 5"),
+        ({"reduce_concat": ["a"]}, r"reduce_concat\[0\] must be an integer"),
+    ],
+)
+def test_validation(fields, message):
+    broken = changed(**fields)
+    for write in (broken.validate, broken.to_json, broken.to_text):
+        with pytest.raises(ValueError, match=message):
+            write()
+
+
+def test_validation_of_primitives():
+    assert GENOTYPE.validate(["sep_conv_3x3", "skip_connect", "max_pool_3x3"]) == GENOTYPE
+    with pytest.raises(
+        ValueError, match=r"normal\[2\] has the unknown op 'skip_connect': expected one of sep_conv_3x3"
+    ):
+        GENOTYPE.validate(["sep_conv_3x3", "max_pool_3x3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected Genotype"),
+        ("Genotype(", "not a Genotype"),
+        ("Genotype()", "normal is missing, normal_concat is missing"),
+        (TEXT + ".normal", "expected one Genotype"),
+        (TEXT.replace("normal_concat", "concat"), "normal_concat is missing, 'concat' is unknown"),
+        (TEXT.replace("normal=", "reduce=", 1), "reduce"),
+        (TEXT.replace("range(2, 6)", "range(10**9)"), "normal_concat must be a literal|range that is no list"),
+        (TEXT.replace("range(2, 6)", "range(0, 1000000000)"), "range that is no list of states"),
+        (TEXT.replace("range(2, 6)", "range(2, 6, 0)"), "range that is no list of states"),
+        (TEXT.replace("range(2, 6)", "open('/etc/passwd')"), "normal_concat must be a literal list"),
+        (TEXT.replace("range(2, 6)", "__import__('os').getcwd()"), "normal_concat must be a literal list"),
+        ("Genotype(" + "[" * 5000 + "]" * 5000 + ")", "genotype: "),
+        ("Genotype(**{})", "unknown"),
+        ("Genotype(1, 2, 3, 4, 5)", "expected one Genotype"),
+        ("Genotype([], normal=[])", "normal is given twice"),
+    ],
+)
+def test_text_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        Genotype.from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[1, 2]", "expected a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"normal": []}', "normal_concat is missing"),
+        (GENOTYPE.to_json().replace('"normal"', '"extra": 1, "normal"'), "'extra' is unknown"),
+    ],
+)
+def test_json_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        Genotype.from_json(text)
