@@ -27,6 +27,15 @@ FASTNAS_INLINE void add_to_double(double* sum, const T* v, int n) {
   for (int i = 0; i < n; ++i) sum[i] += static_cast<double>(v[i]);
 }
 
+// The sum of P vectors as a tree, which rounds less than a chain.
+template <class T, int P>
+FASTNAS_INLINE Vec<T> tree_sum(const Vec<T>* v) {
+  if constexpr (P == 1)
+    return v[0];
+  else
+    return tree_sum<T, P / 2>(v) + tree_sum<T, P - P / 2>(v + P / 2);
+}
+
 // ------------------------------------------------------------------------------------------------ one image into scratch
 
 // ReLU of an image, or of its normalised values where mean is given, into the interior of a padded map.
@@ -191,7 +200,7 @@ void pointwise_weight_gradient(const T* u, const T* g, int64_t step, int n, int 
 
 // ------------------------------------------------------------------------------------------------ moments
 
-// Sums of one image's values and squares around its first pixel: safe where |mean| is far above the deviation.
+// Sums of one image's values and squares around its first pixels' mean: safe where |mean| is far above the deviation.
 template <class T>
 struct Moments {
   T *shift, *s1, *s2;  // [padded]; s1 and s2 of the current group of rows
@@ -218,18 +227,29 @@ void merge_image(const Moments<T>& m, int padded, double pixels, double images, 
   }
 }
 
+// Adds P values to the sums; the image's first ones set the shift.
+template <class T, int P>
+FASTNAS_INLINE void add_strip(const Vec<T>* v, bool first, Vec<T>& shift, Vec<T>& s1, Vec<T>& s2) {
+  if (first) shift = tree_sum<T, P>(v) * splat(T(1) / T(P));
+  Vec<T> d[P], square[P];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) d[p] = v[p] - shift, square[p] = d[p] * d[p];
+  s1 += tree_sum<T, P>(d), s2 += tree_sum<T, P>(square);
+}
+
 // Adds `n` vectors of one block, `step` elements apart, to the moments.
 template <class T>
 FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int64_t step, int channels, int n, bool first) {
   constexpr int V = kLanes<T>;
-  if (first) store(m.shift + block * V, load_n(p, channels));
-  const Vec<T> k = load(m.shift + block * V);
-  Vec<T> s1 = load(m.s1 + block * V), s2 = load(m.s2 + block * V);
-  for (int i = 0; i < n; ++i) {
-    const Vec<T> d = load_n(p + i * step, channels) - k;
-    s1 += d, s2 += d * d;
-  }
-  store(m.s1 + block * V, s1), store(m.s2 + block * V, s2);
+  Vec<T> shift = load(m.shift + block * V), s1 = load(m.s1 + block * V), s2 = load(m.s2 + block * V);
+  strips(n, [&](auto strip, int x) {
+    constexpr int P = decltype(strip)::value;
+    Vec<T> v[P];
+#pragma GCC unroll 16
+    for (int i = 0; i < P; ++i) v[i] = load_n(p + (x + i) * step, channels);
+    add_strip<T, P>(v, first && x == 0, shift, s1, s2);
+  });
+  store(m.shift + block * V, shift), store(m.s1 + block * V, s1), store(m.s2 + block * V, s2);
 }
 
 // ------------------------------------------------------------------------------------------------ pools
@@ -295,13 +315,9 @@ void stage_forward(const Run<T>& run, int stage, const T* r, T* u, T* out, const
         constexpr int P = decltype(strip)::value;
         Vec<T> acc[P];
         pointwise<T, P>(u + int64_t(x) * V, step, w, run.blocks, run.tail, acc);
-        if (y0 == 0 && x == 0) shift = acc[0];
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          store_n(q + int64_t(x + p) * C, acc[p], n);
-          const Vec<T> d = acc[p] - shift;
-          s1 += d, s2 += d * d;
-        }
+        for (int p = 0; p < P; ++p) store_n(q + int64_t(x + p) * C, acc[p], n);
+        if (moments) add_strip<T, P>(acc, y0 == 0 && x == 0, shift, s1, s2);
       });
       if (moments) {
         store(moments->shift + bo * V, shift), store(moments->s1 + bo * V, s1), store(moments->s2 + bo * V, s2);
