@@ -33,9 +33,9 @@ inline dim3 pixel_block(int64_t channels) {
   return dim3(x, 256 / x);
 }
 
-// V elements that are read or written at once; an address of one must be a multiple of its size.
+// V elements that are read or written at once; its address must be a multiple of its size, or of 16.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
 };
 template <class T, int V>

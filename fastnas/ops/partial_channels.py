@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastnas import _library
@@ -72,7 +71,7 @@ class _Split(torch.autograd.Function):
         return ops.partial_channels_split(x, k), x.new_empty(()).expand(n, c, h // stride, w // stride)
 
     @staticmethod
-    @once_differentiable
+    @_common.differentiable_once
     def backward(ctx: Any, grad_active: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_active is None and grad is None:
             return None, None, None, None
@@ -90,7 +89,7 @@ class _Merge(torch.autograd.Function):
         return ops.partial_channels(mixed, x, k, stride)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @_common.differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_mixed = ctx.ops._partial_channels_backward(grad, ctx.k) if ctx.needs_input_grad[1] else None

@@ -119,11 +119,7 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
         sanitize: compile with AddressSanitizer and UndefinedBehaviorSanitizer.
     """
     flags = [*_FLAGS, *(_SANITIZE if sanitize else ["-O2", "-g0"])]
-    glue = [
-        p
-        for p in sorted(CSRC.glob("*.cpp"))
-        if p.stem not in ("mixed_op", "partial_channels") or (CSRC / "cuda" / f"{p.stem}.cu").exists()
-    ]
+    glue = sorted(CSRC.glob("*.cpp"))
     if library == "emulated":
         flags += _EMULATED
         kernels = [(p, flags) for p in sorted((CSRC / "cuda").glob("*.cu"))]

@@ -1,0 +1,397 @@
+// What the forward and the backward kernels of mixed_op share.
+//
+// Two shapes of kernel. Map kernels walk pixels with rows of threads along the channels, V channels a thread (4 where
+// C and the addresses allow it, else 1); their reductions cut the pixels into chunks by shape alone and combine them in
+// order. Product kernels are matrix products over tiles in shared memory, 4 x 4 results a thread, one of whose operands
+// (a depthwise output, or the gradient before a batch norm) is computed while it is loaded and never written.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/launch.cuh"
+#include "mixed_op.h"
+
+namespace fastnas::cuda {
+constexpr int kBlock = 256;        // threads of every block
+constexpr int kRows = 2;           // pixels that a thread of a map kernel keeps in registers
+constexpr int kDepth = 16;         // channels of a product's tile that are loaded at a time
+constexpr int kProduct = 4096;     // results of a product's tile: pixels x channels
+constexpr int kMaxTaps = 49;       // of a depthwise kernel
+constexpr int64_t kMaxChunks = 1024;
+
+// Some of the stages, or of the terms (as ~term), that a launch is about.
+struct List {
+  int count = 0;
+  short entry[kMaxStages + kMaxTerms] = {};
+  void add(int value) { entry[count++] = static_cast<short>(value); }
+};
+
+// How the pixels of a map are cut for reductions.
+struct Chunks {
+  int64_t size = 0, count = 0;
+};
+inline Chunks chunks_of(int64_t pixels, int64_t least, int64_t most) {
+  const int64_t size = least * ceil_div(pixels, least * most);
+  return {size, ceil_div(pixels, size)};
+}
+
+// Where things lie in the workspace. A = compute_t<T>, P = N * OH * OW.
+struct Scratch {
+  Chunks chunks;                // of the P output pixels
+  Chunks weight_chunks;         // of the same, for the weights' gradients
+  double* moments = nullptr;    // [norm][chunk][2][C]: mean, sum of squared deviations                    forward
+  double* sums = nullptr;       // [chunk][1 + terms][C]: of g, and of g * (src - mean)                    backward
+  double* chain = nullptr;      // [stage][chunk][2][C]: of dn, and of dn * (z - mean), dn = grad_norm
+  void* coefficients = nullptr; // A [stages + terms][3][C]: d/d(src) = k0 * g + k1 * (src - mean) + k2
+  uint8_t* argmax = nullptr;    // [P][C]: the tap that a max pool took
+  void* average = nullptr;      // A [P][C]: what an average pool gave
+  void* grad_depthwise = nullptr;  // T [stage][P][C]: the gradients of the depthwise outputs
+  void* pointwise = nullptr;    // A [stage][weight chunk][C][C]
+  void* depthwise = nullptr;    // A [stage], each: [weight chunk][C][taps], and room for kMaxTaps
+  int64_t bytes = 0;
+};
+
+inline bool has(const MixedOpArgs& a, Kind kind) {
+  for (int t = 0; t < a.terms_count; ++t)
+    if (a.terms[t].kind == kind) return true;
+  return false;
+}
+
+// How many stages come before this one.
+inline int level(const MixedOpArgs& a, int stage) {
+  int n = 0;
+  for (int s = a.stages[stage].source; s >= 0; s = a.stages[s].source) ++n;
+  return n;
+}
+
+__host__ __device__ inline int taps(const Stage& s) { return s.kernel * s.kernel; }
+__host__ __device__ inline int64_t output_pixels(const MixedOpArgs& a) { return a.N * a.OH * a.OW; }
+
+// Channels of a product's tile: as wide as C where that is small.
+inline int product_width(int64_t C, int most) { return C <= 16 ? 16 : C <= 32 || most == 32 ? 32 : 64; }
+// The weights' gradients hold a whole depthwise kernel in shared memory beside their operands.
+template <class T>
+constexpr int kMaxWeightTile = sizeof(compute_t<T>) == 8 ? 32 : 64;
+
+template <class T>
+Scratch make_scratch(const MixedOpArgs& a, bool backward) {
+  using A = compute_t<T>;
+  Scratch s;
+  auto take = [&](auto*& pointer, int64_t bytes) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(a.workspace) + s.bytes);
+    s.bytes += ceil_div(bytes, 256) * 256;
+  };
+  const int64_t P = output_pixels(a);
+  s.chunks = chunks_of(P, 128, kMaxChunks);
+  const int64_t tiles = ceil_div(a.C, product_width(a.C, kMaxWeightTile<T>));
+  s.weight_chunks = chunks_of(P, 128, std::max<int64_t>(1, 128 / (tiles * tiles)));
+  if (!backward) {
+    take(s.moments, a.norms * s.chunks.count * 2 * a.C * sizeof(double));
+    return s;
+  }
+  take(s.sums, s.chunks.count * (1 + a.terms_count) * a.C * sizeof(double));
+  take(s.chain, a.stages_count * s.chunks.count * 2 * a.C * sizeof(double));
+  take(s.coefficients, int64_t{a.stages_count + a.terms_count} * 3 * a.C * sizeof(A));
+  if (has(a, Kind::max_pool)) take(s.argmax, P * a.C);
+  if (has(a, Kind::avg_pool)) take(s.average, P * a.C * sizeof(A));
+  take(s.grad_depthwise, a.stages_count * P * a.C * sizeof(T));
+  take(s.pointwise, a.stages_count * s.weight_chunks.count * a.C * a.C * sizeof(A));
+  take(s.depthwise, a.stages_count * s.weight_chunks.count * a.C * kMaxTaps * sizeof(A));
+  return s;
+}
+
+// True where every map can be read four channels at a time.
+inline bool by_four(const MixedOpArgs& a) {
+  bool yes = a.C % 4 == 0 && aligned(a.x) && aligned(a.y) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.mean) &&
+             aligned(a.invstd) && aligned(a.workspace);
+  for (int s = 0; s < a.stages_count; ++s)
+    yes &= aligned(a.stages[s].out) && aligned(a.stages[s].grad_norm);
+  for (int t = 0; t < a.terms_count; ++t) yes &= aligned(a.terms[t].src) && aligned(a.terms[t].grad);
+  return yes;
+}
+
+// Bytes of `in` maps of x's size and `out` maps of y's.
+template <class T>
+int64_t map_bytes(const MixedOpArgs& a, int64_t in, int64_t out) {
+  return static_cast<int64_t>(sizeof(T)) * a.C * (in * a.N * a.H * a.W + out * output_pixels(a));
+}
+
+// The block of a map kernel: rows of threads along the channels, at most 64 channels wide.
+template <int V>
+dim3 map_block(int64_t C) {
+  unsigned x = 1;
+  while (x * V < C && x * V < 64) x *= 2;
+  return dim3(x, kBlock / x);
+}
+template <int V>
+unsigned map_columns(int64_t C) {
+  return static_cast<unsigned>(ceil_div(C, int64_t{map_block<V>(C).x} * V));
+}
+// This thread's first channel.
+template <int V>
+__device__ inline int map_channel() {
+  return static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * V;
+}
+
+template <class T, int V>
+__device__ inline void read(const T* p, compute_t<T> (&values)[V]) {
+  const Pack<T, V> pack = load<T, V>(p);
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = static_cast<compute_t<T>>(pack.v[v]);
+}
+template <class T, int V>
+__device__ inline void write(T* p, const compute_t<T> (&values)[V]) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int v = 0; v < V; ++v) pack.v[v] = static_cast<T>(values[v]);
+  store(p, pack);
+}
+template <class A, int V>
+__device__ inline void fill(A (&values)[V], A value) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = value;
+}
+
+// A row of the statistics, at channel c; mean 0 and invstd 1 for row -1.
+template <class A, int V>
+__device__ inline void read_norm(const MixedOpArgs& a, int norm, int c, A (&mean)[V], A (&invstd)[V]) {
+  fill(mean, A(0));
+  fill(invstd, A(1));
+  if (norm < 0) return;
+  read<A, V>(static_cast<const A*>(a.mean) + norm * a.C + c, mean);
+  read<A, V>(static_cast<const A*>(a.invstd) + norm * a.C + c, invstd);
+}
+
+struct Place {
+  int64_t n;
+  int h, w;
+};
+__device__ inline Place place(int64_t pixel, int64_t H, int64_t W) {
+  const int64_t row = pixel / W, n = row / H;
+  return {n, static_cast<int>(row - n * H), static_cast<int>(pixel - row * W)};
+}
+
+// The 3x3 window of an output pixel, cut at the borders.
+struct PoolWindow {
+  const MixedOpArgs& a;
+  int64_t image;  // first pixel of the image
+  int h, w;       // of tap 0; may lie outside
+  __device__ PoolWindow(const MixedOpArgs& args, int64_t p) : a(args) {
+    const Place q = place(p, args.OH, args.OW);
+    image = q.n * args.H * args.W;
+    h = q.h * args.stride - 1;
+    w = q.w * args.stride - 1;
+  }
+  // Calls body(tap, pixel of x) in scan order.
+  template <class Body>
+  __device__ void each(Body body) const {
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+#pragma unroll
+      for (int j = 0; j < 3; ++j)
+        if (h + i >= 0 && h + i < a.H && w + j >= 0 && w + j < a.W) body(i * 3 + j, image + (h + i) * a.W + w + j);
+  }
+};
+
+// How many taps of the window of output row or column o lie inside `size`.
+__device__ inline int pool_extent(int64_t o, int stride, int64_t size) {
+  const int64_t begin = o * stride - 1, end = begin + 3;
+  return static_cast<int>((end < size ? end : size) - (begin > 0 ? begin : 0));
+}
+
+// Max pool as torch has it: the first maximum in scan order, and NaN beats numbers.
+template <class T, int V>
+__device__ inline void max_pool(const MixedOpArgs& a, int64_t p, int c, compute_t<T> (&best)[V], uint8_t (&tap)[V]) {
+  using A = compute_t<T>;
+  const PoolWindow window(a, p);
+  fill(best, static_cast<A>(-INFINITY));
+  fill(tap, static_cast<uint8_t>((window.h < 0 ? 3 : 0) + (window.w < 0)));
+  window.each([&](int t, int64_t pixel) {
+    A values[V];
+    read<T, V>(static_cast<const T*>(a.x) + pixel * a.C + c, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (values[v] > best[v] || values[v] != values[v]) best[v] = values[v], tap[v] = static_cast<uint8_t>(t);
+  });
+}
+
+// Average pool over the taps that lie inside.
+template <class T, int V>
+__device__ inline void avg_pool(const MixedOpArgs& a, int64_t p, int c, compute_t<T> (&mean)[V]) {
+  using A = compute_t<T>;
+  fill(mean, A(0));
+  int count = 0;
+  PoolWindow(a, p).each([&](int, int64_t pixel) {
+    A values[V];
+    read<T, V>(static_cast<const T*>(a.x) + pixel * a.C + c, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) mean[v] += values[v];
+    ++count;
+  });
+#pragma unroll
+  for (int v = 0; v < V; ++v) mean[v] /= static_cast<A>(count);
+}
+
+// What a term adds, before its batch norm, at output pixel p.
+template <class T, int V>
+__device__ inline void term_values(const MixedOpArgs& a, const Term& term, int64_t p, int c, compute_t<T> (&values)[V]) {
+  if (term.kind == Kind::max_pool) {
+    uint8_t tap[V];
+    max_pool<T, V>(a, p, c, values, tap);
+  } else if (term.kind == Kind::avg_pool) {
+    avg_pool<T, V>(a, p, c, values);
+  } else {
+    const void* src = term.kind == Kind::skip ? a.x : term.kind == Kind::map ? term.src : a.stages[term.stage].out;
+    read<T, V>(static_cast<const T*>(src) + p * a.C + c, values);
+  }
+}
+
+// The sum over the block's rows, in row 0, by a tree that depends on the block's shape alone. Every thread calls it.
+template <int V>
+__device__ inline void rows_sum(double (&values)[V]) {
+  __shared__ double rows[kBlock * V];
+  double* mine = rows + (threadIdx.y * blockDim.x + threadIdx.x) * V;
+#pragma unroll
+  for (int v = 0; v < V; ++v) mine[v] = values[v];
+  __syncthreads();
+  for (unsigned step = blockDim.y / 2; step > 0; step /= 2) {
+    if (threadIdx.y < step)
+#pragma unroll
+      for (int v = 0; v < V; ++v) mine[v] += mine[step * blockDim.x * V + v];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = mine[v];
+  __syncthreads();  // the next call may write rows
+}
+
+// What a stage's depthwise convolution reads.
+template <class T>
+struct Source {
+  const T* map;
+  int64_t H, W, C;
+  int norm;
+  __device__ Source(const MixedOpArgs& a, const Stage& s)
+      : map(static_cast<const T*>(s.source < 0 ? a.x : a.stages[s.source].out)),
+        H(s.source < 0 ? a.H : a.OH),
+        W(s.source < 0 ? a.W : a.OW),
+        C(a.C),
+        norm(s.source < 0 ? -1 : a.stages[s.source].norm) {}
+};
+
+// ReLU; NaN passes.
+template <class A>
+__device__ inline A relu(A v) {
+  return v <= A(0) ? A(0) : v;
+}
+
+// Where the depthwise convolution of an output pixel begins.
+struct Window {
+  int64_t image;  // first pixel of the image in the source; -1: no such output pixel
+  int h, w;       // of tap 0; may lie outside
+};
+template <class T>
+__device__ inline Window window(const MixedOpArgs& a, const Stage& s, const Source<T>& source, int64_t p) {
+  if (p >= output_pixels(a)) return {-1, 0, 0};
+  const Place q = place(p, a.OH, a.OW);
+  const int pad = s.dilation * (s.kernel - 1) / 2;
+  return {q.n * source.H * source.W, q.h * s.stride - pad, q.w * s.stride - pad};
+}
+
+// Depthwise convolution of relu(normalised source) at channels c.. of one output pixel. weights[tap * stride + v].
+template <int K, class T, int V>
+__device__ inline void depthwise_k(const Source<T>& source, const Window& win, int dilation, int c, const compute_t<T>* weights,
+                                   int stride, const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
+                                   compute_t<T> (&out)[V]) {
+  using A = compute_t<T>;
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const int h = win.h + i * dilation;
+    if (h < 0 || h >= source.H) continue;
+    const T* row = source.map + (win.image + h * source.W) * source.C + c;
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      const int w = win.w + j * dilation;
+      if (w < 0 || w >= source.W) continue;
+      A values[V];
+      read<T, V>(row + w * source.C, values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] += relu((values[v] - mean[v]) * invstd[v]) * weights[(i * K + j) * stride + v];
+    }
+  }
+}
+template <class T, int V>
+__device__ inline void depthwise(const Stage& s, const Source<T>& source, const Window& win, int c, const compute_t<T>* weights,
+                                 int stride, const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
+                                 compute_t<T> (&out)[V]) {
+  fill(out, compute_t<T>(0));
+  if (win.image < 0 || c >= source.C) return;
+  if (s.kernel == 3)
+    depthwise_k<3, T, V>(source, win, s.dilation, c, weights, stride, mean, invstd, out);
+  else if (s.kernel == 5)
+    depthwise_k<5, T, V>(source, win, s.dilation, c, weights, stride, mean, invstd, out);
+  else
+    depthwise_k<7, T, V>(source, win, s.dilation, c, weights, stride, mean, invstd, out);
+}
+
+// Copies the depthwise weights of `width` channels from c on to shared memory, [tap][width]; zeros past the last one.
+template <class T>
+__device__ inline void load_taps(const Stage& s, int64_t C, int64_t c, int width, compute_t<T>* to) {
+  const int n = taps(s);
+  const int threads = blockDim.x * blockDim.y;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < n * width; i += threads) {
+    const int channel = i / n, tap = i - channel * n;
+    to[tap * width + channel] =
+        c + channel < C ? static_cast<compute_t<T>>(static_cast<const T*>(s.depthwise)[(c + channel) * n + tap]) : compute_t<T>(0);
+  }
+}
+
+// acc[i][j] += sum_k left[k][m + i] * right[k][n + j], (m, n) being this thread's corner of a tile N channels wide.
+template <int N>
+__device__ inline int tile_row() {
+  return static_cast<int>(threadIdx.x / (N / 4)) * 4;
+}
+template <int N>
+__device__ inline int tile_column() {
+  return static_cast<int>(threadIdx.x % (N / 4)) * 4;
+}
+template <class A>
+__device__ inline void multiply_add(const A* left, const A* right, A (&acc)[4][4]) {
+  const Pack<A, 4> l = load<A, 4>(left), r = load<A, 4>(right);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) acc[i][j] += l.v[i] * r.v[j];
+}
+
+// A tile of a product with P rows: operands in shared memory, padded so that columns fall into different banks.
+template <class A, int N>
+struct Tile {
+  static constexpr int M = kProduct / N;  // pixels
+  alignas(16) A left[kDepth][M + 4];
+  alignas(16) A right[kDepth][N + 4];
+
+  __device__ void multiply(A (&acc)[4][4]) const {
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) multiply_add(&left[k][tile_row<N>()], &right[k][tile_column<N>()], acc);
+  }
+
+  // Writes this thread's results of the tile that begins at (pixel, channel) into a map.
+  template <class T, int V>
+  __device__ static void write_map(T* map, int64_t pixel, int64_t P, int64_t channel, int64_t C, const A (&acc)[4][4]) {
+    const int64_t c = channel + tile_column<N>();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t p = pixel + tile_row<N>() + i;
+      if (p >= P) return;
+      if (V == 4) {
+        if (c < C) write<T, 4>(map + p * C + c, acc[i]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (c + j < C) map[p * C + c + j] = static_cast<T>(acc[i][j]);
+      }
+    }
+  }
+};
+}  // namespace fastnas::cuda
