@@ -58,7 +58,7 @@ struct Moments {
 // The moments of one chunk of pixels of each listed stage's output or term. A thread takes four pixels at a time
 // relative to its first one, so that neither a large mean nor a constant channel costs precision.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
     moments_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch, const __grid_constant__ List list) {
   using A = compute_t<T>;
   __shared__ double means[kBlock * V], deviations[kBlock * V];

@@ -13,6 +13,9 @@
 
 namespace fastnas::cuda {
 constexpr int kBlock = 256;        // threads of every block
+// Blocks of a processor that a kernel with many values a thread asks for, so that they stay in registers.
+template <class T>
+constexpr int kFewBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr int kRows = 2;           // pixels that a thread of a map kernel keeps in registers
 constexpr int kDepth = 16;         // channels of a product's tile that are loaded at a time
 constexpr int kProduct = 4096;     // results of a product's tile: pixels x channels

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kBlock) pointwise_backward_kernel(const __grid
 // One chunk's part of the pointwise weights' gradients, an N x N tile of (out, in) a block:
 // the sum over pixels of (gradient of the output) x (depthwise output, computed once more).
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kBlock) pointwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>) pointwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
                                                                    const __grid_constant__ Scratch scratch) {
   using A = compute_t<T>;
   constexpr int kPixels = 2048 / N;               // that are loaded at a time
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kBlock) pointwise_weights_kernel(const __grid_
 
 // One chunk's part of the depthwise weights' gradients of the listed stages, all of kernel K: a thread a channel.
 template <class T, int K>
-__global__ void __launch_bounds__(kBlock) depthwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>) depthwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
                                                                    const __grid_constant__ Scratch scratch,
                                                                    const __grid_constant__ List list) {
   using A = compute_t<T>;
@@ -375,7 +375,7 @@ __device__ inline void add_terms(const MixedOpArgs& a, const Scratch& scratch, c
 // sums for the stage's batch norm. It gathers from the gradients of the depthwise outputs of the stages that read it.
 // A thread keeps kRows pixels; `chunks` cuts the targets' pixels.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
     input_backward_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
                           const __grid_constant__ List list, const Chunks chunks) {
   using A = compute_t<T>;
