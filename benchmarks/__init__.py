@@ -1,0 +1,1 @@
+"""Benchmarks of fastnas against plain PyTorch; ``make bench`` runs them."""

@@ -1,0 +1,49 @@
+"""The machine and the versions that a result belongs to; as a program, prints where its results are kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+import fastnas
+from fastnas import _C
+
+
+def processor() -> str:
+    """Returns the CPU's name."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def facts() -> dict[str, object]:
+    """Returns what a reader needs to judge a result by; no host or user name."""
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastnas": fastnas.__version__,
+        **{name: value for name, value in _C.build_info().items() if name != "cxx_standard"},
+    }
+
+
+def machine() -> str:
+    """Returns the machine's name in results: its GPU, or its CPU and how many cores of it."""
+    known = facts()
+    gpus = known["gpus"]
+    name = str(gpus[0]) if isinstance(gpus, list) and gpus else f"{known['processor']} {known['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu", "", name.lower())).strip("-")
+
+
+if __name__ == "__main__":
+    print(Path("benchmarks", "results", fastnas.__version__, f"{machine()}.json"))

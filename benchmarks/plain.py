@@ -1,0 +1,144 @@
+"""What fastnas is compared with: DARTS (arXiv:1806.09055) in plain PyTorch, as its definition reads.
+
+Nothing here uses fastnas. Submodules carry the names of DARTS' code, so one state dict fits both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PRIMITIVES = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+
+def norm(C: int) -> nn.Module:
+    return nn.BatchNorm2d(C, affine=False)
+
+
+def separable(C: int, kernel: int, stride: int, dilation: int = 1) -> list[nn.Module]:
+    """ReLU, depthwise, pointwise, batch norm."""
+    pad = dilation * (kernel - 1) // 2
+    depthwise = nn.Conv2d(C, C, kernel, stride, pad, dilation, groups=C, bias=False)
+    return [nn.ReLU(), depthwise, nn.Conv2d(C, C, 1, bias=False), norm(C)]
+
+
+class Op(nn.Module):
+    """Layers in a row, named ``op`` as in DARTS."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.op = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Zero(nn.Module):
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :: self.stride, :: self.stride] * 0.0
+
+
+class FactorizedReduce(nn.Module):
+    def __init__(self, C_in: int, C_out: int) -> None:
+        super().__init__()
+        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, 2, bias=False)
+        self.conv_2 = nn.Conv2d(C_in, C_out // 2, 1, 2, bias=False)
+        self.bn = norm(C_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], 1))
+
+
+def candidate(name: str, C: int, stride: int) -> nn.Module:
+    if name == "none":
+        return Zero(stride)
+    if name == "max_pool_3x3":
+        return nn.Sequential(nn.MaxPool2d(3, stride, 1), norm(C))
+    if name == "avg_pool_3x3":
+        return nn.Sequential(nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm(C))
+    if name == "skip_connect":
+        return nn.Identity() if stride == 1 else FactorizedReduce(C, C)
+    kernel = int(name[-1])
+    if name.startswith("dil"):
+        return Op(*separable(C, kernel, stride, 2))
+    return Op(*separable(C, kernel, stride), *separable(C, kernel, 1))
+
+
+def mixed_sum(xs: list[Tensor], weights: Tensor) -> Tensor:
+    return sum(w * x for w, x in zip(weights, xs, strict=True))
+
+
+def shuffled(mixed: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+    """PC-DARTS' (arXiv:1907.05737) end of an edge: ``x`` bypasses the candidates, and channels are shuffled."""
+    bypass = x[:, x.shape[1] // k :]
+    y = torch.cat([mixed, F.max_pool2d(bypass, 2, 2) if stride == 2 else bypass], 1)
+    n, c, h, w = y.shape
+    return y.view(n, k, c // k, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class MixedOp(nn.Module):
+    def __init__(self, C: int, stride: int, k: int = 1) -> None:
+        super().__init__()
+        self.stride, self.k = stride, k
+        self._ops = nn.ModuleList(candidate(name, C // k, stride) for name in PRIMITIVES)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        active = x[:, : x.shape[1] // self.k]
+        y = sum(w * op(active) for w, op in zip(weights, self._ops, strict=True))
+        return shuffled(y, x, self.k, self.stride) if self.k > 1 else y
+
+
+class Cell(nn.Module):
+    def __init__(self, C_prev_prev: int, C_prev: int, C: int, reduction: bool, reduction_prev: bool) -> None:
+        super().__init__()
+        self.reduction = reduction
+        if reduction_prev:
+            self.preprocess0: nn.Module = FactorizedReduce(C_prev_prev, C)
+        else:
+            self.preprocess0 = Op(nn.ReLU(), nn.Conv2d(C_prev_prev, C, 1, bias=False), norm(C))
+        self.preprocess1 = Op(nn.ReLU(), nn.Conv2d(C_prev, C, 1, bias=False), norm(C))
+        self._ops = nn.ModuleList(MixedOp(C, 2 if reduction and j < 2 else 1) for i in range(4) for j in range(2 + i))
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edge = 0
+        for _ in range(4):
+            states.append(sum(self._ops[edge + j](h, weights[edge + j]) for j, h in enumerate(states)))
+            edge += len(states) - 1
+        return torch.cat(states[-4:], 1)
+
+
+class Supernet(nn.Module):
+    def __init__(self, channels: int, layers: int, num_classes: int = 10) -> None:
+        super().__init__()
+        C, width = channels, 3 * channels
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.cells = nn.ModuleList()
+        C_prev_prev, C_prev, reduction_prev = width, width, False
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C = 2 * C if reduction else C
+            self.cells.append(Cell(C_prev_prev, C_prev, C, reduction, reduction_prev))
+            C_prev_prev, C_prev, reduction_prev = C_prev, 4 * C, reduction
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+    def forward(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        s0 = s1 = self.stem(x)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        return self.classifier(s1.mean((2, 3)))
