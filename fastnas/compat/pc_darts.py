@@ -93,7 +93,7 @@ class Cell(_nn.Cell):
         super().__init__(steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, k=K)
 
     def forward(  # type: ignore[override]
-        self, s0: Tensor, s1: Tensor, weights: Tensor | Sequence[Tensor], weights2: Tensor
+        self, s0: Tensor, s1: Tensor, weights: Tensor | Sequence[Tensor], weights2: Tensor | Sequence[Tensor]
     ) -> Tensor:
         """Returns the cell's output; ``weights2`` (E,) multiplies the edges' outputs."""
         return super().forward(s0, s1, weights, weights2)

@@ -61,7 +61,11 @@ class Cell(nn.Module):
         )
 
     def forward(
-        self, s0: Tensor, s1: Tensor, weights: Tensor | Sequence[Tensor], edge_weights: Tensor | None = None
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        weights: Tensor | Sequence[Tensor],
+        edge_weights: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Returns the cell's output, (N, multiplier * C, H, W), or (N, multiplier * C, H / 2, W / 2) of a reduction.
 
@@ -69,7 +73,7 @@ class Cell(nn.Module):
             s0: output of the cell before the previous one.
             s1: output of the previous cell.
             weights: (E, O), or E rows of O.
-            edge_weights: (E,) factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
+            edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0

@@ -87,17 +87,19 @@ class Supernet(nn.Module):
         Raises:
             ValueError: where a cell type has no weights, or not one row an edge.
         """
-        for name, rows in {"weights": weights, "edge_weights": edge_weights}.items():
+        for name, tables in {"weights": weights, "edge_weights": edge_weights}.items():
             for cell_type in ("normal", "reduce"):
-                if rows is not None and (cell_type not in rows or len(rows[cell_type]) != self._edges):
-                    got = f"{len(rows[cell_type])} rows" if cell_type in rows else "nothing"
+                if tables is not None and (cell_type not in tables or len(tables[cell_type]) != self._edges):
+                    got = f"{len(tables[cell_type])} rows" if cell_type in tables else "nothing"
                     raise ValueError(
                         f"{name}[{cell_type!r}] must have one row for each of {self._edges} edges, got {got}"
                     )
+        # one unbind a forward, where each cell's own indexing would add as many backward nodes as there are edges
+        rows = {name: w.unbind() for name, w in weights.items()}
+        factors = {} if edge_weights is None else {name: w.unbind() for name, w in edge_weights.items()}
         s0 = s1 = self.stem(x)
         for cell in self.cells:
             cell_type = "reduce" if cell.reduction else "normal"
-            edges = None if edge_weights is None else edge_weights[cell_type]
-            s0, s1 = s1, cell(s0, s1, weights[cell_type], edges)
+            s0, s1 = s1, cell(s0, s1, rows[cell_type], factors.get(cell_type))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))
         return logits

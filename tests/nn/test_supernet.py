@@ -19,6 +19,8 @@ CASES = {
     "partial": (8, 3, (1, 8, 8), 3, 4, True),
     "partial, one channel each": (4, 3, (3, 12, 4), 3, 4, False),
     "partial, wide": (16, 5, (3, 12, 20), 2, 4, True),
+    "float32": (4, 3, (3, 8, 8), 8, 1, False),
+    "partial, float32": (8, 3, (3, 8, 8), 8, 4, True),
 }
 
 
@@ -62,9 +64,9 @@ class Case:
         net = deepcopy(self.net).to(dtype).train(training)
         return self.run(dtype, net, dict(net.named_parameters()), lambda: dict(net.named_buffers()))
 
-    def reference(self, dtype, training=True):
+    def reference(self, dtype, training=True, memory_format=torch.contiguous_format):
         state = state_of(self.net, dtype)
-        reference = Reference(state, training=training, k=self.k)
+        reference = Reference(state, training=training, k=self.k, memory_format=memory_format)
         parameters = {k: v for k, v in state.items() if v.requires_grad}
         return self.run(
             dtype,
@@ -92,23 +94,30 @@ def test_equals_the_definition_in_float64(name, training):
     assert any(float(expected[key].norm()) > 1e-3 for key in ("alphas normal", "alphas reduce"))
 
 
-@pytest.mark.parametrize("name", ["digits", "wide", "partial"])
+@pytest.mark.parametrize("name", ["float32", "partial, float32"])
 def test_float32_error_is_at_most_twice_that_of_eager(name):
-    # one draw of rounding errors is luck for tensors of a few elements: errors are summed over several
+    # A rounding error is luck for a tensor of a few elements, so errors are summed over networks and over orders of the
+    # batch, which change the rounding and nothing else. Eager's own is that of its less accurate memory format.
     errors, norms = {}, {}
-    for seed in range(4):
-        case = Case(name, seed)
-        exact = case.reference(torch.float64)
-        sides = case.fastnas(torch.float32), case.reference(torch.float32)
-        for key, value in exact.items():
-            ours, eagers = (distance(side[key], value) ** 2 for side in sides)
-            total = errors.setdefault(key, [0.0, 0.0])
-            total[0] += ours
-            total[1] += eagers
-            norms[key] = norms.get(key, 0.0) + float(value.double().norm()) ** 2
-    for key, (ours, eagers) in errors.items():
+    for seed in range(2):
+        exact = Case(name, seed).reference(torch.float64)
+        for rotation in range(3):
+            case = Case(name, seed)
+            case.x, case.target = case.x.roll(rotation, 0), case.target.roll(rotation, 0)
+            expected = exact | {"logits": exact["logits"].roll(rotation, 0)}
+            sides = [
+                case.fastnas(torch.float32),
+                case.reference(torch.float32),
+                case.reference(torch.float32, memory_format=torch.channels_last),
+            ]
+            for key, value in expected.items():
+                squares = torch.tensor([distance(side[key], value) ** 2 for side in sides])
+                errors[key] = errors.get(key, 0.0) + squares
+                norms[key] = norms.get(key, 0.0) + float(value.double().norm()) ** 2
+    for key in errors:
+        ours, *eager = errors[key].sqrt().tolist()
         unit = torch.finfo(torch.float32).eps * norms[key] ** 0.5
-        assert ours**0.5 <= 2 * max(eagers**0.5, unit), key
+        assert ours <= 2 * max(*eager, unit), key
 
 
 def test_training_learns_and_statistics_move():
