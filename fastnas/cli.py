@@ -103,7 +103,7 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
         prog="fastnas",
         formatter_class=_HelpFormatter,
         description=f"{about} {more}",
-        version=f"fastnas {fastnas.__version__}",
+        version=fastnas.__version__,
         usage="fastnas COMMAND ...",
     )
     commands = parser.add_subcommands(required=True, title="commands", metavar="COMMAND")
@@ -284,7 +284,7 @@ def _run(search: Search, folder: RunFolder) -> int:
         if not result.finished:
             folder.save(search)
         if result.history:
-            folder.finish(result)
+            folder.finish(search)
     if not result.finished:
         console.print(
             f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"

@@ -101,6 +101,7 @@ class Search:
     Attributes:
         epoch: Finished epochs.
         step: Finished steps of the epoch under way.
+        space: The search space.
         steps_per_epoch: Steps in an epoch.
         parts: The indices of the images that train the weights, and of those that train the alphas.
         history: One record for each finished epoch.
@@ -119,7 +120,7 @@ class Search:
         self.device = _device(config.device)
         self._method = get_method(config.method)
         self._relax = get_relaxation(config.relaxation)
-        self._space = get_space(config.space)
+        self.space = get_space(config.space)
         data = load(config.data, config.root) if data is None else data
         train, valid = split(len(data.images), config.train_portion, self._generator("split"))
         for part, name in ((train, "training"), (valid, "validation")):
@@ -140,11 +141,11 @@ class Search:
         # Modules draw their initial parameters from torch's global generator: seed it for them alone.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(config.seed, "weights"))
-            supernet = self._space.supernet(
+            supernet = self.space.supernet(
                 config.channels, config.layers, len(data.classes), data.images.shape[1], config.k
             )
         self.supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.alphas = self._space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
+        self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
         self._weight_optimizer = torch.optim.SGD(
             self.supernet.parameters(),
             config.lr,
@@ -204,7 +205,7 @@ class Search:
         return SearchResult(
             config=self.config,
             finished=self.epoch == self.config.epochs,
-            genotype=self._space.derive(weights),
+            genotype=self.space.derive(weights),
             alphas={name: alpha.detach().cpu().clone() for name, alpha in self.alphas.items()},
             weights=list(self.weights),
             history=list(self.history),

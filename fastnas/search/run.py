@@ -144,13 +144,15 @@ class RunFolder:
         self._write_genotype(search.result())
         self.save(search)
 
-    def finish(self, result: SearchResult) -> None:
+    def finish(self, search: Search) -> None:
         """Writes the genotype and the pictures."""
         from fastnas.report import draw_genotype, plot_alphas
 
+        result = search.result()
         self._write_genotype(result)
         draw_genotype(result.genotype, self.path)
-        plot_alphas(result.weights, self.path / "alphas.png")
+        history = {name: torch.stack([w[name] for w in result.weights]) for name in result.weights[0]}  # (T, E, O)
+        plot_alphas(history, search.space.primitives, search.space.edges, self.path / "alphas.png")
 
     def _is_run(self) -> bool:
         try:
