@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 DEMO ?= runs/demo
 DEMO_ARGS ?= --epochs 5
-BENCH_ARGS ?=
+BENCH_ARGS ?= --compile
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)
@@ -28,8 +28,10 @@ $(DEMO)/.done: $(VENV)/.built
 test: build ## the tests; more options for pytest in PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: build ## the benchmarks: a table, and benchmarks/results/<version>/<machine>.json
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+bench: build ## the benchmarks: a table, and benchmarks/results/<version>/<machine>.json; options in BENCH_ARGS
+	result=$$($(BIN)/python -m benchmarks.facts) && mkdir -p "$$(dirname "$$result")" && \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json="$$result.partial" $(BENCH_ARGS) && \
+	mv "$$result.partial" "$$result" && echo "$$result"
 
 lint: build ## linters and the type checker
 	$(BIN)/ruff check .

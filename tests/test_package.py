@@ -25,6 +25,19 @@ def test_version_is_in_the_changelog() -> None:
     assert fastnas.__version__ in versions
 
 
+def _examples(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_examples_run(name: str) -> None:
+    examples = "\n".join(_examples(name))
+    assert examples
+    command = [sys.executable, "-W", "error", "-c", examples]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_exist() -> None:
     assert sorted(set(fastnas.__all__)) == sorted(fastnas.__all__)
     assert all(hasattr(fastnas, name) for name in fastnas.__all__)
