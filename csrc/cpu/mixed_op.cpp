@@ -219,7 +219,7 @@ class Driver {
         const double sg = run.sums[c], sgz = run.sums[(1 + t) * run.padded + c];
         const double r = term.norm < 0 ? 1 : static_cast<double>(run.invstd[term.norm * run.padded + c]);
         dot += sgz * r;
-        set_coef(coef + c, w * r, term.norm >= 0, w * r * r * r * sgz / total, w * r * sg / total);
+        set_coef(coef + c, w * r, term.norm >= 0, r * r * sgz / total, sg / total);
       }
       if (grad_weights) grad_weights[term.weight] = static_cast<T>(dot);
     }
@@ -236,10 +236,11 @@ class Driver {
         s += sums[c], sz += sums[run.padded + c];
       }
       const double r = static_cast<double>(run.invstd[args_.stages[stage].norm * run.padded + c]);
-      set_coef(coef + c, r, true, r * r * r * sz / total, r * s / total);
+      set_coef(coef + c, r, true, r * r * sz / total, s / total);
     }
   }
 
+  // A stands outside: its rounding then scales the whole gradient and leaves it orthogonal to the constant and to z.
   void set_coef(T* coef, double a, bool normalised, double b, double c) {
     const bool batch = normalised && args_.training;  // given statistics do not depend on the input
     coef[0] = static_cast<T>(a);

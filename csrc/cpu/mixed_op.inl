@@ -98,7 +98,7 @@ void depthwise_backward_row(const Grid& grid, const T* du, const T* r, int block
     const T* base = du + grid.at(block, oy, -half * D);
     Vec<T> w[K], g[K];
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = load(dw + (ky * K + kx) * V);
+    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = zero<T>();
     int x = 0;
     auto pixels = [&](auto strip) FASTNAS_LAMBDA_INLINE {
       constexpr int P = decltype(strip)::value;
@@ -119,7 +119,10 @@ void depthwise_backward_row(const Grid& grid, const T* du, const T* r, int block
     for (; x + 4 <= grid.w; x += 4) pixels(std::integral_constant<int, 4>{});
     for (; x < grid.w; ++x) pixels(std::integral_constant<int, 1>{});
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) store(dw + (ky * K + kx) * V, g[kx]);
+    for (int kx = 0; kx < K; ++kx) {
+      T* at = dw + (ky * K + kx) * V;
+      store(at, load(at) + g[kx]);
+    }
   }
 }
 
@@ -136,7 +139,7 @@ void depthwise_backward_row_strided(const Grid& in, const Grid& out, const T* du
     T* drow = dr + in.at(block, y, -pad);
     Vec<T> w[K], g[K];
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = load(dw + (ky * K + kx) * V);
+    for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + (ky * K + kx) * V), g[kx] = zero<T>();
     for (int ox = 0; ox < out.w; ++ox) {
       const Vec<T> v = load(grow + ox * V);
 #pragma GCC unroll 8
@@ -147,7 +150,10 @@ void depthwise_backward_row_strided(const Grid& in, const Grid& out, const T* du
       }
     }
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) store(dw + (ky * K + kx) * V, g[kx]);
+    for (int kx = 0; kx < K; ++kx) {
+      T* at = dw + (ky * K + kx) * V;
+      store(at, load(at) + g[kx]);
+    }
   }
 }
 
@@ -180,14 +186,14 @@ void pointwise_weight_gradient(const T* u, const T* g, int64_t step, int n, int 
         constexpr int I = decltype(count)::value;
         Vec<T> acc[I];
 #pragma GCC unroll 16
-        for (int i = 0; i < I; ++i) acc[i] = load(q + i * V);
+        for (int i = 0; i < I; ++i) acc[i] = zero<T>();
         for (int p = 0; p < n; ++p) {
           const Vec<T> gv = load(gg + p * V);
 #pragma GCC unroll 16
           for (int i = 0; i < I; ++i) acc[i] += gv * splat(uu[p * V + i]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < I; ++i) store(q + i * V, acc[i]);
+        for (int i = 0; i < I; ++i) store(q + i * V, load(q + i * V) + acc[i]);
       };
       if (bi + 1 < blocks || tail > V / 2)
         columns(std::integral_constant<int, V>{});
@@ -258,7 +264,6 @@ template <class T>
 struct PoolRows {
   T *vmax, *vsum;    // [W + 2][V]: over the rows of the window, with a column of padding on each side
   T *max, *avg;      // [OW][V]: the pooled row
-  T* inverse;        // [OW]: 1 / (pixels of the window that lie in the image)
 };
 
 template <class T>
@@ -282,11 +287,11 @@ void pool_row(const Run<T>& run, const T* image, int block, int oy, const PoolRo
   for (int ox = 0; ox < a.OW; ++ox) {
     const int64_t i = int64_t(ox) * S * V;
     const int x0 = ox * S > 0 ? ox * S - 1 : 0, x1 = ox * S + 1 < W ? ox * S + 1 : W - 1;
-    rows.inverse[ox] = T(1) / static_cast<T>((y1 - y0 + 1) * (x1 - x0 + 1));
+    const T inside = static_cast<T>((y1 - y0 + 1) * (x1 - x0 + 1));
     store(rows.max + ox * V,
           pool_max<T>(pool_max<T>(load(rows.vmax + i), load(rows.vmax + i + V)), load(rows.vmax + i + 2 * V)));
     store(rows.avg + ox * V,
-          (load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V)) * splat(rows.inverse[ox]));
+          (load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V)) / splat(inside));
   }
 }
 
@@ -349,7 +354,7 @@ void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, con
       const int64_t at = int64_t(y0) * OW * C + b * V;
       for (int i = 0; i < n; ++i)
         store(dz + b * step + int64_t(i) * V,
-              A * load_n(grad + at + i * C, channels) + (B * (load_n(z + at + i * C, channels) - m) + E));
+              A * (load_n(grad + at + i * C, channels) + (B * (load_n(z + at + i * C, channels) - m) + E)));
     }
     if (want) pointwise_weight_gradient(u, dz, step, n, run.blocks, run.tail, wgrad + run.wgrad_pointwise[stage]);
     for (int b = 0; b < run.blocks; ++b) {
@@ -411,7 +416,7 @@ struct Scratch {
     r = take(run.scratch_map()), du = take(run.scratch_map()), dr = take(run.scratch_map());
     u = take(run.scratch_group()), dz = take(run.scratch_group());
     rows.vmax = take((a.W + 2) * run.lanes), rows.vsum = take((a.W + 2) * run.lanes);
-    rows.max = take(a.OW * run.lanes), rows.avg = take(a.OW * run.lanes), rows.inverse = take(a.OW * run.lanes);
+    rows.max = take(a.OW * run.lanes), rows.avg = take(a.OW * run.lanes);
     gmax = take(run.pool_grid().block()), gavg = take(run.pool_grid().block()), index = take(run.pool_grid().block());
     shift = take(run.padded), s1 = take(run.padded), s2 = take(run.padded);
     sum = reinterpret_cast<double*>(take(2 * run.padded)), square = reinterpret_cast<double*>(take(2 * run.padded));
@@ -597,19 +602,25 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
   T* out = static_cast<T*>(a.grad_x) + image * run.in_image();
   for (int b = 0; b < run.blocks; ++b) {
     const int n = run.channels(b);
-    Vec<T> skip = zero<T>(), cmax[4] = {}, cavg[4] = {};  // A, B, C and the mean of all pools of a kind together
+    Vec<T> skip = zero<T>();
     for (int t = 0; t < a.terms_count; ++t)
       if (a.terms[t].kind == Kind::skip) skip += load(run.scale + t * run.padded + b * V);
     if (run.pools) {
-      // Several pools of one kind share mean and deviation, so their coefficients add up.
+      // Pools of one kind share their moments, so all of a kind go together: all * g + normed * (B * (z - mean) + C).
+      struct {
+        Vec<T> all, normed, B, C, mean;
+      } kinds[2] = {};
       for (int t = 0; t < a.terms_count; ++t) {
         if (a.terms[t].kind != Kind::max_pool && a.terms[t].kind != Kind::avg_pool) continue;
-        Vec<T>* c = a.terms[t].kind == Kind::max_pool ? cmax : cavg;
+        auto& k = kinds[a.terms[t].kind == Kind::avg_pool];
         const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
-        const Vec<T> B = load(coef + run.padded), m = load(run.shift + t * run.padded + b * V);
-        c[0] += load(coef), c[1] += B, c[2] += load(coef + 2 * run.padded);
-        if (a.terms[t].norm >= 0) c[3] = m;
+        k.all += load(coef);
+        if (a.terms[t].norm < 0) continue;
+        k.normed += load(coef);
+        k.B = load(coef + run.padded), k.C = load(coef + 2 * run.padded), k.mean = load(run.shift + t * run.padded + b * V);
       }
+      const auto& max = kinds[0];
+      const auto& avg = kinds[1];
       for (int y = 0; y < OH; ++y)
         for (int ox = 0; ox < OW; ++ox) {
           const int y0 = y * S - 1, x0 = ox * S - 1;
@@ -625,10 +636,10 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
               sum += v;
               ++count;
             }
-          const Vec<T> g = load_n(grad + (int64_t(y) * OW + ox) * a.C + b * V, n), inverse = splat(T(1) / T(count));
+          const Vec<T> g = load_n(grad + (int64_t(y) * OW + ox) * a.C + b * V, n), inside = splat(T(count));
           const int64_t at = pool.at(0, y, ox);
-          store(s.gmax + at, cmax[0] * g + (cmax[1] * (best - cmax[3]) + cmax[2]));
-          store(s.gavg + at, (cavg[0] * g + (cavg[1] * (sum * inverse - cavg[3]) + cavg[2])) * inverse);
+          store(s.gmax + at, max.all * g + max.normed * (max.B * (best - max.mean) + max.C));
+          store(s.gavg + at, (avg.all * g + avg.normed * (avg.B * (sum / inside - avg.mean) + avg.C)) / inside);
           store(s.index + at, index);
         }
     }
@@ -737,7 +748,7 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
           const Vec<T> m = load(run.shift + t * run.padded + b * V);
           for (int64_t p = 0; p < a.OH * a.OW; ++p) {
             const int64_t at = p * a.C + b * V;
-            store_n(out + at, A * load_n(g + at, n) + (B * (load_n(z + at, n) - m) + E), n);
+            store_n(out + at, A * (load_n(g + at, n) + (B * (load_n(z + at, n) - m) + E)), n);
           }
         }
       }

@@ -42,7 +42,7 @@ struct Run {
 
   double* sums;      // [slot][1 + terms][padded]: sum g, then sum g * (src - mean) of each term
   double* chain;     // [slot][stage][2][padded]: sum d, sum d * (z - mean), d = d/d(normalised output of the stage)
-  T* coef;           // [stages + terms][3][padded]: d/d(src) = A * g + B * (src - mean) + C
+  T* coef;           // [stages + terms][3][padded]: d/d(src) = A * (g + B * (src - mean) + C)
   T* wgrad;          // [slot][wgrad_size]: gradients of the packed weights
   int64_t wgrad_size, wgrad_depthwise[kMaxStages], wgrad_pointwise[kMaxStages];
 
@@ -61,7 +61,7 @@ struct Run {
     return blocks * (a > b ? a : b);
   }
   int64_t scratch_group() const { return int64_t(blocks) * group * args->OW * lanes; }
-  int64_t scratch_rows() const { return (2 * (args->W + 2) + 3 * args->OW) * lanes; }
+  int64_t scratch_rows() const { return (2 * (args->W + 2) + 2 * args->OW) * lanes; }
   int64_t scratch_sums() const { return (2 + 3 * kMaxTerms) * int64_t(padded); }
   int64_t scratch_size() const {
     return 3 * scratch_map() + 2 * scratch_group() + scratch_rows() + scratch_sums() + 3 * pool_grid().block() + 64;
