@@ -352,9 +352,11 @@ void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, con
       const Vec<T> m = load(mean + b * V);
       const int channels = run.channels(b);
       const int64_t at = int64_t(y0) * OW * C + b * V;
-      for (int i = 0; i < n; ++i)
-        store(dz + b * step + int64_t(i) * V,
-              A * (load_n(grad + at + i * C, channels) + (B * (load_n(z + at + i * C, channels) - m) + E)));
+      for (int i = 0; i < n; ++i) {
+        Vec<T> g = load_n(grad + at + i * C, channels);
+        if (a.training) g += B * (load_n(z + at + i * C, channels) - m) + E;
+        store(dz + b * step + int64_t(i) * V, A * g);
+      }
     }
     if (want) pointwise_weight_gradient(u, dz, step, n, run.blocks, run.tail, wgrad + run.wgrad_pointwise[stage]);
     for (int b = 0; b < run.blocks; ++b) {
@@ -608,6 +610,7 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
     if (run.pools) {
       // Pools of one kind share their moments, so all of a kind go together: all * g + normed * (B * (z - mean) + C).
       struct {
+        bool batch;
         Vec<T> all, normed, B, C, mean;
       } kinds[2] = {};
       for (int t = 0; t < a.terms_count; ++t) {
@@ -615,7 +618,8 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
         auto& k = kinds[a.terms[t].kind == Kind::avg_pool];
         const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
         k.all += load(coef);
-        if (a.terms[t].norm < 0) continue;
+        if (a.terms[t].norm < 0 || !a.training) continue;
+        k.batch = true;
         k.normed += load(coef);
         k.B = load(coef + run.padded), k.C = load(coef + 2 * run.padded), k.mean = load(run.shift + t * run.padded + b * V);
       }
@@ -638,8 +642,10 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
             }
           const Vec<T> g = load_n(grad + (int64_t(y) * OW + ox) * a.C + b * V, n), inside = splat(T(count));
           const int64_t at = pool.at(0, y, ox);
-          store(s.gmax + at, max.all * g + max.normed * (max.B * (best - max.mean) + max.C));
-          store(s.gavg + at, (avg.all * g + avg.normed * (avg.B * (sum / inside - avg.mean) + avg.C)) / inside);
+          Vec<T> gmax = max.all * g, gavg = avg.all * g;
+          if (max.batch) gmax += max.normed * (max.B * (best - max.mean) + max.C);
+          if (avg.batch) gavg += avg.normed * (avg.B * (sum / inside - avg.mean) + avg.C);
+          store(s.gmax + at, gmax), store(s.gavg + at, gavg / inside);
           store(s.index + at, index);
         }
     }
@@ -741,6 +747,7 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
         const T *z = static_cast<const T*>(term.src) + i * run.out_image(),
                 *g = static_cast<const T*>(a.grad) + i * run.out_image();
         T* out = static_cast<T*>(term.grad) + i * run.out_image();
+        const bool batch = a.training && term.norm >= 0;  // else the gradient must not see values, which may be infinite
         for (int b = 0; b < run.blocks; ++b) {
           const int n = run.channels(b);
           const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
@@ -748,7 +755,9 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
           const Vec<T> m = load(run.shift + t * run.padded + b * V);
           for (int64_t p = 0; p < a.OH * a.OW; ++p) {
             const int64_t at = p * a.C + b * V;
-            store_n(out + at, A * (load_n(g + at, n) + (B * (load_n(z + at, n) - m) + E)), n);
+            Vec<T> d = load_n(g + at, n);
+            if (batch) d += B * (load_n(z + at, n) - m) + E;
+            store_n(out + at, A * d, n);
           }
         }
       }

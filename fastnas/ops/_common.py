@@ -28,11 +28,11 @@ def register_fakes_for(namespace: str) -> None:
 
 
 class _Refuse(torch.autograd.Function):
-    """Passes gradients through; differentiating them raises."""
+    """Passes gradients through; differentiating them with respect to anything behind them raises."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,8 +48,9 @@ def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return results
-        anchor = torch.zeros((), requires_grad=True)
-        marked = iter(_Refuse.apply(anchor, *(r for r in results if r is not None)))  # type: ignore[no-untyped-call]
+        behind = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        present = [r for r in results if r is not None]
+        marked = iter(_Refuse.apply(len(present), *present, *behind))  # type: ignore[no-untyped-call]
         return tuple(None if r is None else next(marked) for r in results)
 
     return wrapped
