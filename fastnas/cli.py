@@ -258,15 +258,16 @@ def _config(options: Namespace) -> SearchConfig:
 
 def _run(search: Search, folder: RunFolder) -> int:
     config = search.config
-    console = Console(highlight=False, soft_wrap=True)
+    # Lines in a file or a pipe are left whole.
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     parameters = sum(p.numel() for p in search.supernet.parameters())
     console.print(
-        f"[bold]{get_method(config.method).summary}[/] in the {config.space} space on {config.data}: "
+        f"[bold]{get_method(config.method).summary}[/]: {config.space} space, {config.data}\n"
         f"{len(search.parts[0]):,} images train the weights, {len(search.parts[1]):,} the alphas"
     )
     console.print(
-        f"supernet of {config.layers} cells, {config.channels} channels, {parameters:,} parameters, "
-        f"on {config.device}; seed {config.seed}; run folder {folder.path}"
+        f"supernet of {config.layers} cells, {config.channels} channels, {parameters:,} parameters; {config.device}; "
+        f"seed {config.seed}\nrun folder {folder.path}"
     )
     if search.epoch or search.step:
         console.print(f"resumed after epoch {search.epoch}, step {search.step}")
@@ -300,14 +301,14 @@ def _run(search: Search, folder: RunFolder) -> int:
     return 0
 
 
-_HEADINGS = "epoch      lr  train loss  accuracy  alpha loss  valid loss  accuracy  spread  seconds  peak MiB"
+_HEADINGS = "epoch      lr   train loss, acc   alpha loss   valid loss, acc   spread  seconds   MiB"
 
 
 def _row(r: EpochRecord) -> str:
     return (
-        f"{r.epoch:5}  {r.lr:6.4f}  {r.train_loss:10.4f}  {r.train_accuracy:8.1%}  {r.alpha_loss:10.4f}"
-        f"  {r.valid_loss:10.4f}  {r.valid_accuracy:8.1%}  {r.alpha_spread:6.4f}  {r.seconds:7.1f}"
-        f"  {r.peak_memory / _MIB:8.0f}"
+        f"{r.epoch:5}  {r.lr:6.4f}  {r.train_loss:8.4f} {r.train_accuracy:6.1%}  {r.alpha_loss:10.4f}"
+        f"  {r.valid_loss:9.4f} {r.valid_accuracy:6.1%}  {r.alpha_spread:6.4f}  {r.seconds:7.1f}"
+        f"  {r.peak_memory / _MIB:4.0f}"
     )
 
 

@@ -106,7 +106,8 @@ class MachineOptions:
     """Seed and machine.
 
     Attributes:
-        seed: Fixes every random choice: on the CPU the same seed gives the same alphas, bit for bit.
+        seed: Fixes every random choice. On the CPU, with the same number of threads, the same seed gives the same
+            alphas bit for bit.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         threads: CPU threads of PyTorch; torch's own choice unless given.
     """

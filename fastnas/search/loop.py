@@ -113,7 +113,7 @@ class Search:
     """
 
     FREE_ON_RESUME = frozenset({"device", "threads"})
-    """Options that a resumed search may change: it may move from one machine to another."""
+    """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
         self.config = config

@@ -104,7 +104,7 @@ _DARTS_DIGITS: Mapping[str, Value] = MappingProxyType(
         "batch_size": 64,
         "lr": 0.1,
         "lr_min": 0.0,
-        "alpha_lr": 6e-3,
+        "alpha_lr": 0.02,
     }
 )
 
