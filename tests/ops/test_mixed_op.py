@@ -144,13 +144,14 @@ def test_layouts(place, layout):
     case = Case(darts(1), (2, 6, 5, 7), device=device)
     with torch.no_grad():
         x = {
-            "contiguous": lambda: torch.randn(2, 6, 5, 7),
-            "channels_last": lambda: torch.randn(2, 6, 5, 7).contiguous(memory_format=torch.channels_last),
-            "sliced": lambda: torch.randn(4, 9, 5, 15)[::2, 1:7, :, ::2][..., :7],
-            "expanded": lambda: torch.randn(2, 1, 5, 7).expand(2, 6, 5, 7),
-            "transposed": lambda: torch.randn(2, 6, 7, 5).transpose(2, 3),
+            "contiguous": lambda: torch.randn(2, 6, 5, 7, dtype=torch.float64),
+            "channels_last": lambda: torch.randn(2, 6, 5, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last),
+            "sliced": lambda: torch.randn(4, 9, 5, 15, dtype=torch.float64)[::2, 1:7, :, ::2][..., :7],
+            "expanded": lambda: torch.randn(2, 1, 5, 7, dtype=torch.float64).expand(2, 6, 5, 7),
+            "transposed": lambda: torch.randn(2, 6, 7, 5, dtype=torch.float64).transpose(2, 3),
         }[layout]()
-    case.x = x.double().to(device).requires_grad_()
+    case.x = x.to(device).requires_grad_()
+    assert layout in ("contiguous", "channels_last") or device != "cpu" or not case.x.is_contiguous()
     case.grad = torch.randn(2, 1, 1, 7, dtype=torch.float64, device=device)  # as after .sum(): strides of 0
     close(case.run(backend), case.run("reference"), 1e-9)
 
