@@ -99,7 +99,7 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sdist_holds_all_sources(sdist: Path) -> None:
-    for folder, patterns in {"csrc": ["*"], "fastnas": ["*.py", "*.yaml", "py.typed"]}.items():
+    for folder, patterns in {"csrc": ["*"], "fastnas": ["*.py", "*.pyi", "*.yaml", "py.typed"]}.items():
         wanted = {p.relative_to(ROOT) for x in patterns for p in (ROOT / folder).rglob(x) if p.is_file()}
         assert {p for p in wanted if not (sdist / p).is_file()} == set()
     assert all((sdist / name).is_file() for name in ("LICENSE", "README.md", "CHANGELOG.md", "setup.py"))
@@ -123,7 +123,9 @@ def test_wheel_contents(wheel: Path) -> None:
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     wanted = {
-        p.relative_to(ROOT).as_posix() for x in ("*.py", "*.yaml", "py.typed") for p in (ROOT / "fastnas").rglob(x)
+        p.relative_to(ROOT).as_posix()
+        for x in ("*.py", "*.pyi", "*.yaml", "py.typed")
+        for p in (ROOT / "fastnas").rglob(x)
     }
     assert wanted <= set(names)
     assert len([n for n in names if re.fullmatch(r"fastnas/_C\..*(so|pyd)", n)]) == 1

@@ -26,7 +26,7 @@ def test_benchmarks_report_every_variant(tmp_path: Path) -> None:
             *("--benchmark-only", "--benchmark-quiet", f"--benchmark-json={path}"),
         ],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
