@@ -293,6 +293,7 @@ class Trace(TorchDispatchMode):
 def test_one_edge_runs_as_one_op(backend, request):
     if backend == "emulated":
         library = request.getfixturevalue("emulated")
+        library.reset_counters()
     m = MixedOp(8, 1)
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     weights = torch.rand(8).requires_grad_()
