@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -20,8 +19,9 @@ from fastnas import _C
 Backend = Literal["native", "reference", "emulated"]
 BACKENDS: tuple[Backend, ...] = ("native", "reference", "emulated")
 
-_backend: ContextVar[Backend | None] = ContextVar("fastnas_backend", default=None)
-_debug: ContextVar[bool] = ContextVar("fastnas_debug", default=False)
+# Plain globals, since torch.compile guards on them (it cannot trace a ContextVar).
+_backend: Backend | None = None
+_debug = False
 _warned_no_cuda = False
 
 
@@ -37,7 +37,7 @@ _default: Backend = _check(os.environ.get("FASTNAS_BACKEND", "native"), "FASTNAS
 
 def current_backend() -> Backend:
     """Returns the backend that ops use where none is named in the call."""
-    return _backend.get() or _default
+    return _backend or _default
 
 
 @contextmanager
@@ -47,11 +47,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
     Raises:
         ValueError: for an unknown backend.
     """
-    token = _backend.set(_check(backend, "backend"))
+    global _backend
+    before, _backend = _backend, _check(backend, "backend")
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = before
 
 
 @contextmanager
@@ -68,16 +69,17 @@ def twice_differentiable() -> Iterator[None]:
 @contextmanager
 def debug() -> Iterator[None]:
     """Checks the block's ops for NaN in ``weights``; the check reads them back to the host, so it costs time."""
-    token = _debug.set(True)
+    global _debug
+    before, _debug = _debug, True
     try:
         yield
     finally:
-        _debug.reset(token)
+        _debug = before
 
 
 def debugging() -> bool:
     """Tells whether the code runs inside :func:`debug`."""
-    return _debug.get()
+    return _debug
 
 
 def namespace(backend: Backend | None, *tensors: torch.Tensor) -> Any | None:

@@ -1,5 +1,18 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels on the CPU, as backend "emulated"; its counters() and reset_counters() are its own."""
+    import libraries
+
+    return libraries.load()
 
 
 @pytest.fixture(autouse=True, scope="session")

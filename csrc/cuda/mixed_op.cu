@@ -4,7 +4,7 @@ namespace fastnas::cuda {
 namespace {
 // out = pointwise(depthwise(relu(source))) of the listed stages: a tile of M pixels by N output channels a block.
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kBlock) stages_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T> + 1) stages_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ List list) {
   using A = compute_t<T>;
   constexpr int M = Tile<A, N>::M;
   __shared__ Tile<A, N> tile;
@@ -194,16 +194,15 @@ __global__ void __launch_bounds__(kBlock) sum_kernel(const __grid_constant__ Mix
 template <class T, int V>
 void forward_stages(const MixedOpArgs& a, const List& list, Stream stream) {
   using A = compute_t<T>;
-  const int n = product_width(a.C, 64);
+  const int n = product_width(a.C, V, 64);
+  auto* kernel = stages_kernel<T, V, 32>;
+  if constexpr (V > 1) kernel = n == 16 ? stages_kernel<T, V, 16> : n == 64 ? stages_kernel<T, V, 64> : kernel;
   int64_t bytes = 0;
   for (int i = 0; i < list.count; ++i) {
     const Stage& s = a.stages[list.entry[i]];
     bytes += map_bytes<T>(a, s.source < 0, 1 + (s.source >= 0)) + (a.C + taps(s)) * a.C * static_cast<int64_t>(sizeof(T));
   }
-  launch("mixed_op_stages", bytes,
-         n == 16   ? stages_kernel<T, V, 16>
-         : n == 32 ? stages_kernel<T, V, 32>
-                   : stages_kernel<T, V, 64>,
+  launch("mixed_op_stages", bytes, kernel,
          dim3(ceil_div(output_pixels(a), kProduct / n), ceil_div(a.C, n), list.count), dim3(kBlock), stream, a, list);
   static_assert(sizeof(Tile<A, 16>) + kMaxTaps * kDepth * sizeof(A) + 256 * sizeof(Window) <= 48 << 10);
 }

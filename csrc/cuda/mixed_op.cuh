@@ -70,11 +70,22 @@ inline int level(const MixedOpArgs& a, int stage) {
 __host__ __device__ inline int taps(const Stage& s) { return s.kernel * s.kernel; }
 __host__ __device__ inline int64_t output_pixels(const MixedOpArgs& a) { return a.N * a.OH * a.OW; }
 
-// Channels of a product's tile: as wide as C where that is small.
-inline int product_width(int64_t C, int most) { return C <= 16 ? 16 : C <= 32 || most == 32 ? 32 : 64; }
+// Channels of a product's tile: as wide as C where that is small; one width where channels are read one at a time.
+inline int product_width(int64_t C, int vector, int most) {
+  return vector == 1 ? 32 : C <= 16 ? 16 : C <= 32 || most == 32 ? 32 : 64;
+}
 // The weights' gradients hold a whole depthwise kernel in shared memory beside their operands.
 template <class T>
 constexpr int kMaxWeightTile = sizeof(compute_t<T>) == 8 ? 32 : 64;
+
+// True where every map can be read four channels at a time.
+inline bool by_four(const MixedOpArgs& a) {
+  bool yes = a.C % 4 == 0 && aligned(a.x) && aligned(a.y) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.mean) &&
+             aligned(a.invstd) && aligned(a.workspace);
+  for (int s = 0; s < a.stages_count; ++s) yes &= aligned(a.stages[s].out) && aligned(a.stages[s].grad_norm);
+  for (int t = 0; t < a.terms_count; ++t) yes &= aligned(a.terms[t].src) && aligned(a.terms[t].grad);
+  return yes;
+}
 
 template <class T>
 Scratch make_scratch(const MixedOpArgs& a, bool backward) {
@@ -86,7 +97,7 @@ Scratch make_scratch(const MixedOpArgs& a, bool backward) {
   };
   const int64_t P = output_pixels(a);
   s.chunks = chunks_of(P, 128, kMaxChunks);
-  const int64_t tiles = ceil_div(a.C, product_width(a.C, kMaxWeightTile<T>));
+  const int64_t tiles = ceil_div(a.C, 64);  // (C, C) in tiles fills a device by itself where C is large
   s.weight_chunks = chunks_of(P, 128, std::max<int64_t>(1, 128 / (tiles * tiles)));
   if (!backward) {
     take(s.moments, a.norms * s.chunks.count * 2 * a.C * sizeof(double));
@@ -101,16 +112,6 @@ Scratch make_scratch(const MixedOpArgs& a, bool backward) {
   take(s.pointwise, a.stages_count * s.weight_chunks.count * a.C * a.C * sizeof(A));
   take(s.depthwise, a.stages_count * s.weight_chunks.count * a.C * kMaxTaps * sizeof(A));
   return s;
-}
-
-// True where every map can be read four channels at a time.
-inline bool by_four(const MixedOpArgs& a) {
-  bool yes = a.C % 4 == 0 && aligned(a.x) && aligned(a.y) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.mean) &&
-             aligned(a.invstd) && aligned(a.workspace);
-  for (int s = 0; s < a.stages_count; ++s)
-    yes &= aligned(a.stages[s].out) && aligned(a.stages[s].grad_norm);
-  for (int t = 0; t < a.terms_count; ++t) yes &= aligned(a.terms[t].src) && aligned(a.terms[t].grad);
-  return yes;
 }
 
 // Bytes of `in` maps of x's size and `out` maps of y's.

@@ -494,11 +494,11 @@ struct Backward {
   void pointwise(const List& list) const {
     int64_t bytes = map_bytes<T>(a, 0, 3 * list.count);
     for (int i = 0; i < list.count; ++i) bytes += a.C * a.C * static_cast<int64_t>(sizeof(T));
-    const int n = product_width(a.C, 64);
-    launch("mixed_op_stages_backward_pointwise", bytes,
-           n == 16   ? pointwise_backward_kernel<T, V, 16>
-           : n == 32 ? pointwise_backward_kernel<T, V, 32>
-                     : pointwise_backward_kernel<T, V, 64>,
+    const int n = product_width(a.C, V, 64);
+    auto* kernel = pointwise_backward_kernel<T, V, 32>;
+    if constexpr (V > 1)
+      kernel = n == 16 ? pointwise_backward_kernel<T, V, 16> : n == 64 ? pointwise_backward_kernel<T, V, 64> : kernel;
+    launch("mixed_op_stages_backward_pointwise", bytes, kernel,
            dim3(ceil_div(P, kProduct / n), ceil_div(a.C, n), list.count), dim3(kBlock), stream, a, scratch, list);
   }
 
@@ -539,10 +539,12 @@ struct Backward {
       parts += scratch.weight_chunks.count * (a.C + taps(a.stages[s])) * a.C * static_cast<int64_t>(sizeof(A));
       (a.stages[s].kernel == 3 ? threes : a.stages[s].kernel == 5 ? fives : sevens).add(s);
     }
-    const int n = product_width(a.C, kMaxWeightTile<T>);
+    const int n = product_width(a.C, V, kMaxWeightTile<T>);
     const auto tiles = static_cast<unsigned>(ceil_div(a.C, n));
-    auto* kernel = n == 16 ? pointwise_weights_kernel<T, V, 16> : pointwise_weights_kernel<T, V, 32>;
-    if constexpr (kMaxWeightTile<T> == 64)
+    auto* kernel = pointwise_weights_kernel<T, V, 32>;
+    if constexpr (V > 1)
+      if (n == 16) kernel = pointwise_weights_kernel<T, V, 16>;
+    if constexpr (V > 1 && kMaxWeightTile<T> == 64)
       if (n == 64) kernel = pointwise_weights_kernel<T, V, 64>;
     const int64_t squares = a.stages_count * scratch.weight_chunks.count * a.C * a.C * static_cast<int64_t>(sizeof(A));
     launch("mixed_op_stages_backward_pointwise_weights", bytes + squares, kernel,

@@ -59,6 +59,8 @@ def mixed_sum(xs: Sequence[Tensor], weights: Tensor, *, backend: Backend | None 
         return mixed_sum_reference(xs, weights)
     weights = weights.to(_common.compute_dtype(xs[0])).contiguous()
     xs = _common.same_layout(xs)
+    if len(xs) <= MAX_SUMMANDS:
+        return _MixedSum.apply(ops, weights, *xs)  # type: ignore[no-any-return,no-untyped-call]
     total: Tensor = _MixedSum.apply(ops, weights[:MAX_SUMMANDS], *xs[:MAX_SUMMANDS])  # type: ignore[no-untyped-call]
     for i in range(MAX_SUMMANDS, len(xs), MAX_SUMMANDS):
         rest = slice(i, i + MAX_SUMMANDS)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import libraries
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build import build_program
 
 SOURCE = Path(__file__).with_name("selftest.cu")
 
@@ -19,7 +16,7 @@ def run(case: str, form: str, sanitize: bool = False, seed: int | None = None) -
     env = {k: v for k, v in os.environ.items() if k not in ("FASTNAS_EMULATOR_SEED", "LD_PRELOAD")}
     if seed is not None:
         env["FASTNAS_EMULATOR_SEED"] = str(seed)
-    program = build_program(SOURCE, sanitize)
+    program = libraries.build_program(SOURCE, sanitize)
     return subprocess.run([program, case, form], env=env, capture_output=True, text=True, timeout=60)
 
 

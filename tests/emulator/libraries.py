@@ -1,4 +1,4 @@
-"""Builds the test-only libraries: the CUDA side compiled for the host, and either library with sanitizers.
+"""Builds the test-only libraries: the CUDA side compiled for the host, either side with sanitizers, both with nvcc.
 
 Objects are kept in build/<library>/ under a hash of everything that they depend on, so a second build is quick.
 """
@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,8 @@ CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 Library = Literal["emulated", "native"]
 
+NVCC = shutil.which("nvcc")
+
 _CXX = os.environ.get("CXX", "g++")
 _FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
@@ -37,6 +40,7 @@ _FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 _SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+_LINK = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
 _EMULATED = [f"-I{HERE}", "-DFASTNAS_EMULATED", "-DFASTNAS_MODULE=_emulated"]
 
 
@@ -58,41 +62,43 @@ def _versions() -> str:
     return f"{compiler} {torch.__version__} {sys.version}"
 
 
-def _key(source: Path, flags: list[str]) -> str:
-    digest = hashlib.sha256(f"{_versions()} {flags} {source}".encode())
+def _key(source: Path, command: list[str]) -> str:
+    digest = hashlib.sha256(f"{_versions()} {command} {source}".encode())
     for path in sorted(_dependencies(source)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
-def _compile(folder: Path, source: Path, flags: list[str]) -> Path:
-    target = folder / f"{source.stem}.{_key(source, flags)}.o"
+def _compile(folder: Path, source: Path, command: list[str]) -> Path:
+    """Returns the object made from ``source``; what the compiler said lies beside it in a .log file."""
+    target = folder / f"{source.name}.{_key(source, command)}.o"
     if not target.exists():
         partial = target.with_suffix(".partial")
-        _run([_CXX, *flags, "-x", "c++", "-c", str(source), "-o", str(partial)])
+        target.with_suffix(".log").write_text(_run([*command, "-c", str(source), "-o", str(partial)]))
         partial.replace(target)
     return target
 
 
-def _link(folder: Path, name: str, objects: list[Path], flags: list[str]) -> Path:
-    key = hashlib.sha256(" ".join([*flags, *(o.name for o in objects)]).encode()).hexdigest()[:20]
+def _link(folder: Path, name: str, objects: list[Path], command: list[str]) -> Path:
+    key = hashlib.sha256(" ".join([*command, *(o.name for o in objects)]).encode()).hexdigest()[:20]
     target = folder / key / name
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(".partial")
-        _run([_CXX, *map(str, objects), *flags, "-o", str(partial)])
+        _run([command[0], *map(str, objects), *command[1:], "-o", str(partial)])
         partial.replace(target)
     return target
 
 
 def _build(folder: Path, name: str, sources: list[tuple[Path, list[str]]], link: list[str]) -> Path:
-    """Compiles (source, flags) pairs in parallel and links the objects in the order given."""
+    """Compiles (source, command) pairs in parallel and links the objects in the order given."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -102,13 +108,27 @@ def _build(folder: Path, name: str, sources: list[tuple[Path, list[str]]], link:
         for old in folder.glob("*.o"):
             if old not in objects:
                 old.unlink()
+                old.with_suffix(".log").unlink(missing_ok=True)
+        for old in folder.glob("*/"):
+            if old != library.parent:
+                shutil.rmtree(old)
     return library
 
 
-def _with_bounds(kernels: list[tuple[Path, list[str]]], flags: list[str]) -> list[tuple[Path, list[str]]]:
+def _cxx(*flags: str, sanitize: bool) -> list[str]:
+    return [_CXX, *_FLAGS, *flags, *(_SANITIZE if sanitize else ["-O2", "-g0"]), "-x", "c++"]
+
+
+def _with_bounds(kernels: list[Path], command: list[str]) -> list[tuple[Path, list[str]]]:
     """Puts the markers of the emulator's shared memory around the kernels."""
-    bounds = [[*flags, f"-DEMULATOR_MARK=emulator_shared_{end}"] for end in ("begin", "end")]
-    return [(HERE / "shared_bounds.cpp", bounds[0]), *kernels, (HERE / "shared_bounds.cpp", bounds[1])]
+    begin, end = ([*command, f"-DEMULATOR_MARK=emulator_shared_{what}"] for what in ("begin", "end"))
+    bounds = HERE / "shared_bounds.cpp"
+    return [(bounds, begin), *((p, command) for p in kernels), (bounds, end)]
+
+
+def _cpu_sources() -> list[Path]:
+    skip = set() if platform.machine().lower() in ("x86_64", "amd64") else {"avx2", "avx512"}
+    return [p for p in sorted((CSRC / "cpu").glob("*.cpp")) if p.stem.rsplit("_", 1)[-1] not in skip]
 
 
 def build(library: Library = "emulated", sanitize: bool = False) -> Path:
@@ -118,29 +138,48 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
         library: ``"emulated"``, the CUDA kernels for the host; or ``"native"``, the CPU side as in ``fastnas._C``.
         sanitize: compile with AddressSanitizer and UndefinedBehaviorSanitizer.
     """
-    flags = [*_FLAGS, *(_SANITIZE if sanitize else ["-O2", "-g0"])]
     glue = sorted(CSRC.glob("*.cpp"))
     if library == "emulated":
-        flags += _EMULATED
-        kernels = [(p, flags) for p in sorted((CSRC / "cuda").glob("*.cu"))]
-        sources = [(p, flags) for p in [*glue, CSRC / "cpu" / "dispatch.cpp"]] + _with_bounds(kernels, flags)
+        command = _cxx(*_EMULATED, sanitize=sanitize)
+        sources = [(p, command) for p in [*glue, CSRC / "cpu" / "dispatch.cpp"]]
+        sources += _with_bounds(sorted((CSRC / "cuda").glob("*.cu")), command)
     else:
-        skip = set() if platform.machine().lower() in ("x86_64", "amd64") else {"avx2", "avx512"}
-        cpu = [p for p in sorted((CSRC / "cpu").glob("*.cpp")) if p.stem.rsplit("_", 1)[-1] not in skip]
-        sources = [(p, flags) for p in [*glue, *cpu]]
-    link = ["-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
-    link += ["-fsanitize=address,undefined"] if sanitize else []
+        command = _cxx(sanitize=sanitize)
+        sources = [(p, command) for p in [*glue, *_cpu_sources()]]
+    link = [_CXX, "-shared", *_LINK, *(["-fsanitize=address,undefined"] if sanitize else [])]
     folder = ROOT / "build" / (f"{library}_sanitized" if sanitize else library)
-    name = "_emulated.so" if library == "emulated" else "_C.so"
-    return _build(folder, name, sources, link)
+    return _build(folder, "_emulated.so" if library == "emulated" else "_C.so", sources, link)
+
+
+def build_cuda() -> Path:
+    """Returns the path of fastnas._C with CUDA, built with nvcc for sm_80, sm_90 and PTX, warnings being errors.
+
+    It also loads on a torch without CUDA. What ptxas says of each kernel lies beside the objects, in .log files.
+    """
+    top = re.search(r"TOP=(\S+)", _run([str(NVCC), "--dryrun", "-x", "cu", "/dev/null"]))
+    assert top is not None
+    home = Path(top[1]).resolve()
+    defines = ["-DFASTNAS_CUDA", "-DUSE_CUDA", "-DFASTNAS_CUDA_VERSION=test", "-DFASTNAS_CUDA_ARCHS=8.0;9.0+PTX"]
+    host = [_CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O2", "-g0"]
+    device = [
+        *(str(NVCC), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"),
+        *("-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas"),
+        *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)),
+        *("-gencode=arch=compute_90,code=compute_90", f"-I{CSRC}", f"-isystem={TORCH / 'include'}", *defines),
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+    sources = [(p, host) for p in [*sorted(CSRC.glob("*.cpp")), *_cpu_sources()]]
+    sources += [(p, device) for p in sorted((CSRC / "cuda").glob("*.cu"))]
+    link = [_CXX, "-shared", *_LINK, f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    return _build(ROOT / "build" / "cuda", "_C.so", sources, link)
 
 
 def build_program(source: Path, sanitize: bool = False) -> Path:
     """Returns the path of a program made from one .cu file on the emulator."""
-    flags = [*_FLAGS, *_EMULATED, *(_SANITIZE if sanitize else ["-O2", "-g0"])]
-    sources = [(CSRC / "counters.cpp", flags), *_with_bounds([(source, flags)], flags)]
+    command = _cxx(*_EMULATED, sanitize=sanitize)
+    sources = [(CSRC / "counters.cpp", command), *_with_bounds([source], command)]
     folder = ROOT / "build" / f"{source.stem}{'_sanitized' if sanitize else ''}"
-    return _build(folder, source.stem, sources, ["-fsanitize=address,undefined"] if sanitize else [])
+    return _build(folder, source.stem, sources, [_CXX, *(["-fsanitize=address,undefined"] if sanitize else [])])
 
 
 def import_library(name: str, path: Path) -> ModuleType:
