@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import sys
@@ -222,7 +223,10 @@ class Search:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that the rest of the search depends on, as tensors and plain values."""
+        """Returns everything that the rest of the search depends on, as tensors and plain values.
+
+        The tensors are those that the search goes on changing: save or copy them before the next step.
+        """
         return {
             "config": self.config.to_dict(),
             "epoch": self.epoch,
@@ -258,8 +262,9 @@ class Search:
         with torch.no_grad():
             for name, alpha in self.alphas.items():
                 alpha.copy_(state["alphas"][name])
-        self._weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self._alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        # An optimizer keeps the tensors that it is given; they may be another search's.
+        self._weight_optimizer.load_state_dict(copy.deepcopy(state["weight_optimizer"]))
+        self._alpha_optimizer.load_state_dict(copy.deepcopy(state["alpha_optimizer"]))
         self._train_batches.load_state_dict(state["train_batches"])
         self._valid_batches.load_state_dict(state["valid_batches"])
         self._augment_generator.set_state(state["augment_generator"])

@@ -145,6 +145,16 @@ def test_checkpoint_of_other_options_is_refused(finished, tiny, images):
     Search(dataclasses.replace(tiny, threads=1), data=images).load_state_dict(done.state_dict())
 
 
+def test_a_state_can_be_forked(tiny, images):
+    parent, child = Search(tiny, data=images), Search(tiny, data=images)
+    parent.run(on_step=lambda s: s.stop())
+    child.load_state_dict(parent.state_dict())
+    before = [t.clone() for t in _bits(parent)]
+    child.run(on_step=lambda s: s.stop())
+    assert _same(before, _bits(parent))
+    assert not _same(before, _bits(child))
+
+
 def test_warm_up_keeps_the_alphas(tiny, images):
     config = dataclasses.replace(tiny, epochs=2, alpha_warmup=1)
     result = search(config, data=images)
