@@ -33,7 +33,9 @@ def test_kernels_keep_to_registers(library: Path, source: Path) -> None:
     (log,) = (p for p in library.parents[1].glob(f"{source.name}.*.log"))
     kernels = [m.groupdict() for m in KERNEL.finditer(log.read_text())]
     assert {k["arch"] for k in kernels} == {"sm_80", "sm_90"}
-    names = subprocess.run(["c++filt", *(k["name"] for k in kernels)], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["c++filt", *(k["name"] for k in kernels)], capture_output=True, text=True, check=True
+    ).stdout
     for name, k in zip(names.splitlines(), kernels, strict=True):
         print(f"{k['arch']} {k['registers']:>4} registers {k['stack']:>4} stack {name}")
     spilled = [k for k in kernels if k["stack"] != "0" or k["stores"] != "0" or k["loads"] != "0"]

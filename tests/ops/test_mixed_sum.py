@@ -183,7 +183,10 @@ def test_compiles_without_graph_breaks(target, dynamic):
 
 
 def test_nan_and_infinity_go_where_they_should(target):
-    xs = [torch.tensor([1.0, float("nan"), float("inf"), 4.0], device=target.device), torch.ones(4, device=target.device)]
+    xs = [
+        torch.tensor([1.0, float("nan"), float("inf"), 4.0], device=target.device),
+        torch.ones(4, device=target.device),
+    ]
     y = mixed_sum(xs, torch.tensor([0.0, 1.0], device=target.device))
     assert torch.equal(torch.isnan(y), torch.tensor([False, True, True, False], device=target.device))
     assert y[3] == 1
