@@ -57,7 +57,7 @@ class _HelpFormatter(DefaultHelpFormatter):
 
 
 _ANNOTATIONS = {field.name: str(field.type) for field in dataclasses.fields(SearchConfig)}
-_METAVARS = {"int": "N", "int | None": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
+_METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
 _CHOICES = {
     "space": sorted(SPACES),
     "method": sorted(METHODS),

@@ -109,12 +109,12 @@ class MachineOptions:
         seed: Fixes every random choice. On the CPU, with the same number of threads, the same seed gives the same
             alphas bit for bit.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
-        threads: CPU threads of PyTorch; torch's own choice unless given.
+        threads: CPU threads of PyTorch; 0 leaves them to torch.
     """
 
     seed: int = 0
     device: str = "auto"
-    threads: int | None = None
+    threads: int = PRESET
 
 
 GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MachineOptions)
@@ -182,7 +182,6 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "text"),
     "str | None": ((str, type(None)), "text"),
     "int": ((int,), "a whole number"),
-    "int | None": ((int, type(None)), "a whole number"),
     "float": ((int, float), "a number"),
     "bool": ((bool,), "true or false"),
     "tuple[float, float]": ((tuple,), "two numbers"),
@@ -230,5 +229,5 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_warmup": _WHOLE,
     "alpha_scale": _NOT_NEGATIVE,
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "threads": (lambda v: v is None or v >= 1, "a whole number of at least 1"),
+    "threads": _WHOLE,
 }

@@ -449,10 +449,10 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _settings(device: torch.device, threads: int | None) -> Iterator[None]:
-    """Runs the block with the asked number of threads and, on a GPU, cuDNN's deterministic algorithms."""
+def _settings(device: torch.device, threads: int) -> Iterator[None]:
+    """Runs the block with this number of threads (0: as it is) and, on a GPU, cuDNN's deterministic algorithms."""
     before = torch.get_num_threads()
-    if threads is not None:
+    if threads:
         torch.set_num_threads(threads)
     try:
         if device.type == "cuda":
@@ -461,5 +461,5 @@ def _settings(device: torch.device, threads: int | None) -> Iterator[None]:
         else:
             yield
     finally:
-        if threads is not None:
+        if threads:
             torch.set_num_threads(before)
