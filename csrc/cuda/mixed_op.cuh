@@ -308,7 +308,7 @@ __device__ inline void depthwise_k(const Source<T>& source, const Window& win, i
                                    int stride, const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
                                    compute_t<T> (&out)[V]) {
   using A = compute_t<T>;
-#pragma unroll
+#pragma unroll 1  // a row of taps in flight is enough, and fits in registers
   for (int i = 0; i < K; ++i) {
     const int h = win.h + i * dilation;
     if (h < 0 || h >= source.H) continue;

@@ -22,20 +22,24 @@ __device__ inline void write_coefficients(const MixedOpArgs& a, A* to, int64_t c
   to[2 * a.C + c] = batch ? static_cast<A>(-scale * sum / P) : A(0);
 }
 
-// k0 * g + k1 * (src - mean) + k2 at V channels.
+// k0 * g + k1 * (src - mean) + k2 at V channels; without batch statistics src is left out, be it NaN or infinite.
 template <class A, int V>
 struct Slope {
   A k0[V], k1[V], k2[V], mean[V];
+  bool batch;
   __device__ Slope(const MixedOpArgs& a, const Scratch& scratch, int entry, int c) {
     const A* from = coefficients<A>(a, scratch, entry) + c;
     read<A, V>(from, k0);
     read<A, V>(from + a.C, k1);
     read<A, V>(from + 2 * a.C, k2);
     const int norm = entry < 0 ? a.terms[~entry].norm : a.stages[entry].norm;
+    batch = norm >= 0 && a.training;
     fill(mean, A(0));
     if (norm >= 0) read<A, V>(static_cast<const A*>(a.mean) + norm * a.C + c, mean);
   }
-  __device__ A operator()(int v, A g, A src) const { return k0[v] * g + k1[v] * (src - mean[v]) + k2[v]; }
+  __device__ A operator()(int v, A g, A src) const {
+    return batch ? k0[v] * g + k1[v] * (src - mean[v]) + k2[v] : k0[v] * g;
+  }
 };
 
 // The sums over one chunk of pixels of g and, for every term, of g * (src - mean). A chunk of g stays in the cache while
