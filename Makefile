@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 DEMO ?= runs/demo
 DEMO_ARGS ?= --epochs 5
-BENCH_ARGS ?= --compile
+BENCH_ARGS ?= --compile ops
 
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f)

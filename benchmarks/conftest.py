@@ -18,16 +18,32 @@ VARIANTS = ("fastnas", "eager", "eager channels_last", "compiled channels_last")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastnas benchmarks")
-    group.addoption("--compile", action="store_true", help="Also measure plain PyTorch under torch.compile (slow).")
+    group.addoption(
+        "--compile",
+        default="none",
+        choices=["none", "ops", "all"],
+        help="Also measure plain PyTorch under torch.compile: of nothing, of all but the supernet (minutes), or of that "
+        "too, cell by cell (much longer). (default: none)",
+    )
     group.addoption("--quick", action="store_true", help="Tiny shapes and few rounds: checks, and numbers of no worth.")
     group.addoption("--rounds", type=int, help="Rounds of every group, instead of each group's own number.")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="Where to run. (default: cpu)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--compile") != "none":  # torch.compile warns about torch's own code
+        config.addinivalue_line("filterwarnings", "default")
+
+
+def variants(config: pytest.Config, module: Any) -> list[str]:
+    """Returns the names of the variants that a benchmark file measures."""
+    compiled = {"none": False, "ops": not getattr(module, "SLOW_TO_COMPILE", False), "all": True}
+    return [v for v in VARIANTS if compiled[config.getoption("--compile")] or not v.startswith("compiled")]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
-        chosen = [v for v in VARIANTS if metafunc.config.getoption("--compile") or not v.startswith("compiled")]
-        metafunc.parametrize("variant", chosen)
+        metafunc.parametrize("variant", variants(metafunc.config, metafunc.module))
     if "shape" in metafunc.fixturenames:
         shapes = metafunc.module.QUICK if metafunc.config.getoption("--quick") else metafunc.module.SHAPES
         metafunc.parametrize("shape", shapes, ids=str)
@@ -57,10 +73,9 @@ def compete(
         config = request.config
         quick = config.getoption("--quick")
         if group not in _results:
-            names = [v for v in VARIANTS if config.getoption("--compile") or not v.startswith("compiled")]
             _results[group] = contest(
                 build("eager", torch.float64),
-                {name: build(name, torch.float32) for name in names},
+                {name: build(name, torch.float32) for name in variants(config, request.module)},
                 rounds=config.getoption("--rounds") or (3 if quick else rounds),
                 warmup=1 if quick else 3,
                 tolerance=tolerance,

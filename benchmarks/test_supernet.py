@@ -19,6 +19,7 @@ pytestmark = pytest.mark.benchmark(timer=replay)
 # N, C, cells, H = W
 SHAPES = [(16, 16, 8, 32)]
 QUICK = [(4, 4, 3, 16)]
+SLOW_TO_COMPILE = True
 
 
 class Loss(nn.Module):
