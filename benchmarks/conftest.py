@@ -22,8 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile",
         default="none",
         choices=["none", "ops", "all"],
-        help="Also measure plain PyTorch under torch.compile: of nothing, of all but the supernet (minutes), or of that "
-        "too, cell by cell (much longer). (default: none)",
+        help="Also measure plain PyTorch under torch.compile: nothing of it, all but the supernet (minutes), or that too, "
+        "cell by cell (much longer). (default: none)",
     )
     group.addoption("--quick", action="store_true", help="Tiny shapes and few rounds: checks, and numbers of no worth.")
     group.addoption("--rounds", type=int, help="Rounds of every group, instead of each group's own number.")
