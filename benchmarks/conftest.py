@@ -22,8 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile",
         default="none",
         choices=["none", "ops", "all"],
-        help="Also measure plain PyTorch under torch.compile: nothing of it, all but the supernet (minutes), or that too, "
-        "cell by cell (much longer). (default: none)",
+        help="Also measure plain PyTorch under torch.compile: nothing of it, all but the supernet (minutes), or that "
+        "too, cell by cell (much longer). (default: none)",
     )
     group.addoption("--quick", action="store_true", help="Tiny shapes and few rounds: checks, and numbers of no worth.")
     group.addoption("--rounds", type=int, help="Rounds of every group, instead of each group's own number.")
@@ -74,7 +74,7 @@ def compete(
         quick = config.getoption("--quick")
         if group not in _results:
             _results[group] = contest(
-                build("eager", torch.float64),
+                {name: build(name, torch.float64) for name in ("eager", "fastnas")},
                 {name: build(name, torch.float32) for name in variants(config, request.module)},
                 rounds=config.getoption("--rounds") or (3 if quick else rounds),
                 warmup=1 if quick else 3,
@@ -90,6 +90,7 @@ def compete(
             held_bytes=result.held,
             saved_bytes=result.saved,
             error=result.error,
+            gradient_error=result.gradient_error,
             interleaved=True,
             quick=quick,
         )
@@ -115,7 +116,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, value in facts().items():
         terminalreporter.write_line(f"{name:10} {value}")
     columns = ("median ms", 10), ("IQR ms", 9), ("x time", 8), ("peak MiB", 10), ("saved MiB", 11), ("x saved", 9)
-    header = " " * 26 + "".join(f"{name:>{width}}" for name, width in (*columns, ("error", 10)))
+    header = " " * 26 + "".join(f"{name:>{width}}" for name, width in (*columns, ("error", 9), ("of grads", 9)))
     for group, benches in groups.items():
         terminalreporter.write_line(f"\n{group} ({benches[0].stats.rounds} rounds)\n{header}")
         ours = next((b for b in benches if b.extra_info["variant"] == "fastnas"), None)
@@ -126,7 +127,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             larger = f"{info['saved_bytes'] / base:.2f}" if base else "-"
             terminalreporter.write_line(
                 f"  {info['variant']:24}{stats.median * 1e3:10.2f}{stats.iqr * 1e3:9.2f}{slower:>8}"
-                f"{info['peak_bytes'] / MIB:10.1f}{info['saved_bytes'] / MIB:11.2f}{larger:>9}{info['error']:10.1e}"
+                f"{info['peak_bytes'] / MIB:10.1f}{info['saved_bytes'] / MIB:11.2f}{larger:>9}"
+                f"{info['error']:9.0e}{info['gradient_error']:9.0e}"
             )
     terminalreporter.write_line(
         "\nx time, x saved: times fastnas' own; above 1, fastnas is faster, or saves fewer bytes for backward"

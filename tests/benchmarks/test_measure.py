@@ -102,7 +102,7 @@ def test_plain_and_fused_agree(k: int) -> None:
     sides = [plain.MixedOp(8, 1, k), MixedOp(8, 1, k)]
     sides[1].load_state_dict(sides[0].state_dict(), strict=True)
     plain_outcome, fused = (_mixed_op(side, torch.float64).outcome() for side in sides)
-    assert measure.error(fused, plain_outcome) < 1e-9
+    assert max(measure.errors(fused, plain_outcome)) < 1e-9
 
 
 def test_plain_supernet_has_the_same_state() -> None:
@@ -118,13 +118,14 @@ def test_contest_measures_all_variants() -> None:
         return _mixed_op(module, dtype)
 
     variants = {"eager": build(plain.MixedOp(8, 1)), "fastnas": build(MixedOp(8, 1))}
-    truth = build(plain.MixedOp(8, 1), torch.float64)
-    results = measure.contest(truth, variants, rounds=3, warmup=1, tolerance=1e-4)
+    exact = {"eager": build(plain.MixedOp(8, 1), torch.float64), "fastnas": build(MixedOp(8, 1), torch.float64)}
+    results = measure.contest(exact, variants, rounds=3, warmup=1, tolerance=1e-4)
     assert list(results) == ["eager", "fastnas"]
     for result in results.values():
         assert len(result.seconds) == 3
         assert min(result.seconds) > 0
         assert 0 < result.error < 1e-5
+        assert 0 < result.gradient_error < 1e-4
         assert result.peak >= result.held > 0
     assert results["fastnas"].saved < results["eager"].saved / 2
 
@@ -133,16 +134,26 @@ def test_contest_measures_all_variants() -> None:
 def test_contest_fails_where_variants_differ(wrong: str) -> None:
     def build(dtype: torch.dtype, factor: float) -> Variant:
         x = torch.linspace(-1, 1, 5, dtype=dtype).requires_grad_()
-        buffer = torch.full((2,), factor if wrong == "buffer" else 1.0)
+        buffer = torch.full((2,), factor if wrong == "buffer" else 1.0, dtype=dtype)
         output = factor if wrong == "output" else 1.0
         slope = factor if wrong == "gradient" else 1.0
         return Variant(
             lambda: x * slope + (x * (output - slope)).detach(), {"x": x}, {}, torch.ones_like(x), {"running": buffer}
         )
 
-    variants = {"eager": build(torch.float32, 1.0), "fastnas": build(torch.float32, 1.001)}
-    with pytest.raises(AssertionError, match=r"fastnas has an error of 1\.0e-03, which is more than 1\.0e-04"):
-        measure.contest(build(torch.float64, 1.0), variants, rounds=1, warmup=0, tolerance=1e-4)
+    def compete(**factors: float) -> None:
+        exact = {"eager": build(torch.float64, 1.0), "fastnas": build(torch.float64, factors["exact"])}
+        variants = {"eager": build(torch.float32, 1.0), "fastnas": build(torch.float32, factors["timed"])}
+        measure.contest(exact, variants, rounds=1, warmup=0, tolerance=1e-5)
+
+    compete(exact=1.0, timed=1.0)
+    what, limit = ("gradient", "1.0e-03") if wrong == "gradient" else ("output", "1.0e-05")
+    with pytest.raises(AssertionError, match=rf"fastnas: {what} error 2\.0e-03, which is more than {limit}"):
+        compete(exact=1.0, timed=1.002)
+    with pytest.raises(
+        AssertionError, match=rf"fastnas in float64: {what} error 1\.0e-06, which is more than 1\.0e-09"
+    ):
+        compete(exact=1.000001, timed=1.0)
 
 
 def test_rounds_are_taken_in_turn() -> None:
