@@ -25,7 +25,7 @@ void mixed_sum_range(const MixedSumArgs& a, int64_t begin, int64_t end) {
 template <class T>
 void mixed_sum_backward_piece(const MixedSumArgs& a, int64_t begin, int64_t end, double* partial) {
   using A = compute_t<T>;
-  constexpr int kStrip = 1024;  // float partial sums stay short; longer ones are added in double
+  constexpr int kStrip = 256;  // float partial sums stay short; longer ones are added in double
   const A* w = static_cast<const A*>(a.weights);
   const T* g = static_cast<const T*>(a.grad);
   for (int k = 0; partial && k < a.count; ++k) partial[k] = 0;

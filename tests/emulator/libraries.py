@@ -31,7 +31,7 @@ Library = Literal["emulated", "native"]
 
 NVCC = shutil.which("nvcc")
 
-_CXX = os.environ.get("CXX", "g++")
+CXX = os.environ.get("CXX", "g++")
 _FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"),
@@ -39,7 +39,14 @@ _FLAGS = [
     *(f"-isystem{p}" for p in (TORCH / "include", sysconfig.get_paths()["include"])),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
-_SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+_SANITIZE = [
+    "-O1",
+    "-ftree-vectorize",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
 _LINK = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}"]
 _EMULATED = [f"-I{HERE}", "-DFASTNAS_EMULATED", "-DFASTNAS_MODULE=_emulated"]
 
@@ -58,7 +65,7 @@ def _dependencies(path: Path) -> frozenset[Path]:
 
 @functools.cache
 def _versions() -> str:
-    compiler = subprocess.run([_CXX, "--version"], check=True, capture_output=True, text=True).stdout
+    compiler = subprocess.run([CXX, "--version"], check=True, capture_output=True, text=True).stdout
     return f"{compiler} {torch.__version__} {sys.version}"
 
 
@@ -116,7 +123,7 @@ def _build(folder: Path, name: str, sources: list[tuple[Path, list[str]]], link:
 
 
 def _cxx(*flags: str, sanitize: bool) -> list[str]:
-    return [_CXX, *_FLAGS, *flags, *(_SANITIZE if sanitize else ["-O2", "-g0"]), "-x", "c++"]
+    return [CXX, *_FLAGS, *flags, *(_SANITIZE if sanitize else ["-O2", "-g0"]), "-x", "c++"]
 
 
 def _with_bounds(kernels: list[Path], command: list[str]) -> list[tuple[Path, list[str]]]:
@@ -141,12 +148,12 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
     glue = sorted(CSRC.glob("*.cpp"))
     if library == "emulated":
         command = _cxx(*_EMULATED, sanitize=sanitize)
-        sources = [(p, command) for p in [*glue, CSRC / "cpu" / "dispatch.cpp"]]
+        sources = [(p, command) for p in [*glue, CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "arena.cpp"]]
         sources += _with_bounds(sorted((CSRC / "cuda").glob("*.cu")), command)
     else:
         command = _cxx(sanitize=sanitize)
         sources = [(p, command) for p in [*glue, *_cpu_sources()]]
-    link = [_CXX, "-shared", *_LINK, *(["-fsanitize=address,undefined"] if sanitize else [])]
+    link = [CXX, "-shared", *_LINK, *(["-fsanitize=address,undefined"] if sanitize else [])]
     folder = ROOT / "build" / (f"{library}_sanitized" if sanitize else library)
     return _build(folder, "_emulated.so" if library == "emulated" else "_C.so", sources, link)
 
@@ -160,7 +167,7 @@ def build_cuda() -> Path:
     assert top is not None
     home = Path(top[1]).resolve()
     defines = ["-DFASTNAS_CUDA", "-DUSE_CUDA", "-DFASTNAS_CUDA_VERSION=test", "-DFASTNAS_CUDA_ARCHS=8.0;9.0+PTX"]
-    host = [_CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O2", "-g0"]
+    host = [CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O2", "-g0"]
     device = [
         *(str(NVCC), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"),
         *("-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas"),
@@ -170,7 +177,7 @@ def build_cuda() -> Path:
     ]
     sources = [(p, host) for p in [*sorted(CSRC.glob("*.cpp")), *_cpu_sources()]]
     sources += [(p, device) for p in sorted((CSRC / "cuda").glob("*.cu"))]
-    link = [_CXX, "-shared", *_LINK, f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+    link = [CXX, "-shared", *_LINK, f"-L{home / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     return _build(ROOT / "build" / "cuda", "_C.so", sources, link)
 
 
@@ -179,7 +186,7 @@ def build_program(source: Path, sanitize: bool = False) -> Path:
     command = _cxx(*_EMULATED, sanitize=sanitize)
     sources = [(CSRC / "counters.cpp", command), *_with_bounds([source], command)]
     folder = ROOT / "build" / f"{source.stem}{'_sanitized' if sanitize else ''}"
-    return _build(folder, source.stem, sources, [_CXX, *(["-fsanitize=address,undefined"] if sanitize else [])])
+    return _build(folder, source.stem, sources, [CXX, *(["-fsanitize=address,undefined"] if sanitize else [])])
 
 
 def import_library(name: str, path: Path) -> ModuleType:

@@ -114,8 +114,8 @@ def test_gradcheck(target, k, stride):
     assert torch.autograd.gradcheck(lambda t: edge(t, k, stride), x.requires_grad_())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("k", "stride"), EDGES)
+@pytest.mark.parametrize("shape", ["empty", "odd"])
+@pytest.mark.parametrize(("k", "stride"), [(4, 1), (4, 2)])
 def test_opcheck(target, k, stride, shape):
     x, grad = (lay_out(t, "channels_last") for t in make(SHAPES[shape], stride, target.device))
     active = target.ops.partial_channels_split(x, k)
