@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "types.h"
 
 // The emulated library is the CUDA side compiled for the host: same sources, another namespace of ops, CPU tensors.
@@ -87,6 +88,16 @@ inline Tensor empty(std::vector<int64_t> size, ScalarType dtype, const Tensor& l
 inline Tensor empty_channels_last(std::vector<int64_t> size, const Tensor& like) {
   return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// The same for a map that only fastnas sees; on the CPU it comes from the arena.
+inline Tensor empty_map(std::vector<int64_t> size, const Tensor& like) {
+  if (like.is_cuda()) return empty_channels_last(std::move(size), like);
+  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+  const int64_t bytes = n * c * h * w * static_cast<int64_t>(like.element_size());
+  const std::vector<int64_t> strides = {h * w * c, 1, w * c, c};
+  return torch::stable::from_blob(cpu::arena_take(static_cast<size_t>(bytes)), size, strides, like.device(),
+                                  like.scalar_type(), [](void* block) { cpu::arena_give(block); });
 }
 
 // float for float, half and bfloat16; double for double.

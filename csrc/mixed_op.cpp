@@ -131,7 +131,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> mixed_op(
   a.y = y.mutable_data_ptr();
   std::vector<Tensor> outs;
   for (int k = 0; k < a.stages_count; ++k) {
-    outs.push_back(empty_channels_last(shape, x));
+    outs.push_back(empty_map(shape, x));
     a.stages[k].out = outs.back().mutable_data_ptr();
   }
   std::vector<Tensor> statistics;
@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_op_ba
       s.grad_pointwise = grad_params.back().mutable_data_ptr();
     }
     if (s.source >= 0) {
-      chain.push_back(torch::stable::empty_like(outs[s.source]));
+      chain.push_back(empty_map({a.N, a.C, a.OH, a.OW}, x));
       a.stages[s.source].grad_norm = chain.back().mutable_data_ptr();
     }
   }

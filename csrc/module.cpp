@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "counters.h"
+#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 
 #ifndef FASTNAS_MODULE
@@ -41,5 +42,16 @@ PYBIND11_MODULE(FASTNAS_MODULE, m) {
         return out;
       },
       "Kernel launches and bytes moved since the last reset: {name: (launches, bytes)}.");
+  m.def(
+      "arena",
+      [] {
+        const fastnas::cpu::ArenaState s = fastnas::cpu::arena_state();
+        py::dict out;
+        out["kept"] = s.kept, out["lent"] = s.lent, out["limit"] = s.limit;
+        return out;
+      },
+      "Bytes of the CPU arena: kept for the next call, lent to tensors, and the limit of what is kept.");
+  m.def("arena_set_limit", &fastnas::cpu::arena_set_limit, py::arg("bytes"),
+        "Sets how many bytes the CPU arena may keep, and frees what is above it.");
   m.def("reset_counters", &fastnas::reset_counters, "Sets every counter to zero.");
 }

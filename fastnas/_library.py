@@ -90,7 +90,7 @@ def namespace(backend: Backend | None, *tensors: torch.Tensor) -> Any | None:
     """
     global _warned_no_cuda
     backend = _check(backend, "backend") if backend is not None else current_backend()
-    if backend == "reference":
+    if backend == "reference" or torch._C._are_functorch_transforms_active():  # which need ops that they can look into
         return None
     device = tensors[0].device.type
     if backend == "emulated":
@@ -107,6 +107,17 @@ def namespace(backend: Backend | None, *tensors: torch.Tensor) -> Any | None:
     if device not in ("cpu", "cuda", "meta"):
         return None
     return torch.ops.fastnas
+
+
+def release_memory() -> int:
+    """Frees the feature maps that the CPU kernels keep from call to call; returns how many bytes that were.
+
+    They keep at most a quarter of the machine's memory, and only what calls have used.
+    """
+    before = _C.arena()
+    _C.arena_set_limit(0)
+    _C.arena_set_limit(before["limit"])
+    return before["kept"]
 
 
 DOUBLE_BACKWARD = (

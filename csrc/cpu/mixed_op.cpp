@@ -39,7 +39,7 @@ T* thread_scratch(int64_t n) {
   thread_local size_t size = 0;
   const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 4095) / 4096 * 4096;
   if (bytes > size) {
-    memory.reset();
+    memory.reset(), size = 0;  // so that a failure leaves nothing to reuse
     memory.reset(std::aligned_alloc(4096, bytes));
     if (!memory) throw std::bad_alloc();
     size = bytes;
@@ -77,7 +77,8 @@ class Driver {
       r.wgrad_size += taps(s) * r.padded + int64_t(r.padded) * r.padded;
     }
     r.levels = std::max(r.levels, 1);
-    const int64_t fit = kWgradBytes / std::max<int64_t>(1, r.wgrad_size * static_cast<int64_t>(sizeof(T)));
+    const int64_t wgrad = r.wgrad_size * static_cast<int64_t>(sizeof(T));
+    const int64_t fit = backward && wgrad > 0 ? kWgradBytes / wgrad : kMaxSlots;
     r.slots = static_cast<int>(std::min({args.N, kMaxSlots, std::max<int64_t>(4, fit)}));
     pack();
     r.mean = take<T>(int64_t(args.norms) * r.padded), r.invstd = take<T>(int64_t(args.norms) * r.padded);

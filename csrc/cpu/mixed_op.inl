@@ -608,10 +608,10 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
     for (int t = 0; t < a.terms_count; ++t)
       if (a.terms[t].kind == Kind::skip) skip += load(run.scale + t * run.padded + b * V);
     if (run.pools) {
-      // Pools of one kind share their moments, so all of a kind go together: all * g + normed * (B * (z - mean) + C).
+      // Pools of one kind share mean and C, so all of a kind go together: all * g + normed * C + AB * (z - mean).
       struct {
         bool batch;
-        Vec<T> all, normed, B, C, mean;
+        Vec<T> all, normed, AB, C, mean;
       } kinds[2] = {};
       for (int t = 0; t < a.terms_count; ++t) {
         if (a.terms[t].kind != Kind::max_pool && a.terms[t].kind != Kind::avg_pool) continue;
@@ -620,8 +620,8 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
         k.all += load(coef);
         if (a.terms[t].norm < 0 || !a.training) continue;
         k.batch = true;
-        k.normed += load(coef);
-        k.B = load(coef + run.padded), k.C = load(coef + 2 * run.padded), k.mean = load(run.shift + t * run.padded + b * V);
+        k.normed += load(coef), k.AB += load(coef) * load(coef + run.padded);
+        k.C = load(coef + 2 * run.padded), k.mean = load(run.shift + t * run.padded + b * V);
       }
       const auto& max = kinds[0];
       const auto& avg = kinds[1];
@@ -643,8 +643,8 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
           const Vec<T> g = load_n(grad + (int64_t(y) * OW + ox) * a.C + b * V, n), inside = splat(T(count));
           const int64_t at = pool.at(0, y, ox);
           Vec<T> gmax = max.all * g, gavg = avg.all * g;
-          if (max.batch) gmax += max.normed * (max.B * (best - max.mean) + max.C);
-          if (avg.batch) gavg += avg.normed * (avg.B * (sum / inside - avg.mean) + avg.C);
+          if (max.batch) gmax += max.normed * max.C + max.AB * (best - max.mean);
+          if (avg.batch) gavg += avg.normed * avg.C + avg.AB * (sum / inside - avg.mean);
           store(s.gmax + at, gmax), store(s.gavg + at, gavg / inside);
           store(s.index + at, index);
         }

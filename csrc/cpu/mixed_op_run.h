@@ -62,9 +62,9 @@ struct Run {
   }
   int64_t scratch_group() const { return int64_t(blocks) * group * args->OW * lanes; }
   int64_t scratch_rows() const { return (2 * (args->W + 2) + 2 * args->OW) * lanes; }
-  int64_t scratch_sums() const { return (2 + 3 * kMaxTerms) * int64_t(padded); }
+  int64_t scratch_sums() const { return (8 + kMaxTerms) * int64_t(padded); }
   int64_t scratch_size() const {
-    return 3 * scratch_map() + 2 * scratch_group() + scratch_rows() + scratch_sums() + 3 * pool_grid().block() + 64;
+    return 3 * scratch_map() + 2 * scratch_group() + scratch_rows() + scratch_sums() + 3 * pool_grid().block();
   }
 };
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 from fastnas.nn.widen import widen
-from fastnas.ops.mixed_op import Candidate, mixed_op
+from fastnas.ops.mixed_op import SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import partial_channels, partial_channels_split
-
-_FUSED_DEPTHWISE = {(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)}  # (kernel, dilation)
 
 
 class MixedOp(nn.Module):
@@ -26,7 +26,11 @@ class MixedOp(nn.Module):
     modules of your own. Children are named ``_ops.<i>`` as in DARTS, so its state dicts load with ``strict=True``.
 
     DARTS' own candidates, and the last ``BatchNorm2d(affine=False)`` of any other, are folded into the sum; everything
-    else about a module (custom forward, hooks, other norms) is respected by calling it.
+    else about a module (custom forward, hooks, other norms) is respected by calling it. Hooks that torch keeps for all
+    modules (``register_module_forward_hook``) see the MixedOp, not the folded candidates.
+
+    The result is in channels_last memory: code that views a feature map as rows needs ``.reshape``. Under autocast it
+    has autocast's dtype. PC-DARTS' own class has k = 4 built in: :class:`fastnas.compat.pc_darts.MixedOp`.
 
     Args:
         C: channels in and out, or the candidates themselves.
@@ -49,15 +53,18 @@ class MixedOp(nn.Module):
         primitives: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(third, int):
-            k = third
+        if third is not None and (k is not None or primitives is not None):
+            raise ValueError("the third argument is k or primitives: give it once")
+        if isinstance(third, SupportsIndex):
+            k = operator.index(third)
         elif third is not None:
             primitives = third
         if stride not in (1, 2):
             raise ValueError(f"stride is {stride}: expected 1 or 2")
         self.stride = stride
         self.k = 1 if k is None else k
-        if isinstance(C, int):
+        if isinstance(C, SupportsIndex):
+            C = operator.index(C)
             if self.k < 1 or C < 1 or C % self.k:
                 raise ValueError(f"k={k} does not divide the C={C} channels: choose a k that does")
             names = PRIMITIVES if primitives is None else primitives
@@ -82,7 +89,7 @@ class MixedOp(nn.Module):
             weights: one a candidate, as a relaxation gives them.
         """
         if not isinstance(weights, Tensor):
-            weights = torch.stack(tuple(weights))
+            weights = torch.stack([torch.as_tensor(w, device=x.device) for w in weights])
         if self.k == 1:
             return self._sum(x, weights)
         active, bypass = partial_channels_split(x, self.k, self.stride)
@@ -118,7 +125,7 @@ class MixedOp(nn.Module):
 
     def _sum(self, x: Tensor, weights: Tensor) -> Tensor:
         if x.dim() != 4:
-            return mixed_sum([op(x) for op in self._ops], weights)
+            return _sum_apart([op(x) for op in self._ops], weights)
         plan = self._plan
         if plan is None or not plan.holds(self):
             plan = self._plan = _Plan(self)
@@ -163,33 +170,33 @@ class _Plan:
         self.eps = [n.eps for n in self.norms]
         self.tracked = [n for n in self.norms if n.training and n.track_running_stats and n.running_mean is not None]
         self.rows = [i for i, n in enumerate(self.norms) if n in self.tracked]
-        # What must not change: the modules inside, and that none of them has hooks.
-        fused = [op for op, e in zip(owner._ops, self.entries, strict=True) if e.candidate.kind != "map" or e.norms]
-        self.inside = [m for op in fused for m in op.modules()]
-        self.shape = [(m._modules, tuple(m._modules.values())) for m in [owner._ops, *self.inside] if m._modules]
+        self.ops = owner._ops
+        self.inside = list(owner._ops.modules())
+        self.facts = [_facts(m) for m in self.inside]
 
     def holds(self, owner: MixedOp) -> bool:
+        """Whether the owner, or a copy of it that took the plan along, is still what was described."""
         return (
-            owner.training == self.training
-            and all(n.training == self.training for n in self.norms)
-            and all(tuple(d.values()) == v for d, v in self.shape)
-            and not any(map(_hooked, self.inside))
-            and all(n.eps == e for n, e in zip(self.norms, self.eps, strict=True))
+            owner._ops is self.ops
+            and owner.training == self.training
+            and [_facts(m) for m in self.inside] == self.facts
         )
 
     def run(self, x: Tensor, weights: Tensor) -> Tensor:
         n, c, h, w = x.shape
         out = (n, c, -(-h // self.stride), -(-w // self.stride))
-        if torch.is_autocast_enabled(x.device.type):
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         maps = [head(x) for head in self.heads]
         if any(m.shape != out for m in maps):
             return self._run_apart(x, weights, maps)
-        if torch.is_autocast_enabled(x.device.type):
-            maps = [m.to(x.dtype) for m in maps]
-            params = [conv.weight.to(x.dtype) for conv in self.convs]
-        else:
-            params = [conv.weight for conv in self.convs]
+        params: list[Tensor] = [conv.weight for conv in self.convs]
+        if autocast:
+            maps, params = [m.to(x.dtype) for m in maps], [p.to(x.dtype) for p in params]
+        wrong = [n.num_features for n in self.norms if n.num_features != c]
+        if wrong:
+            raise ValueError(f"x has {c} channels: expected {wrong[0]}, as the candidates were made for")
         statistics = None
         if self.norms and not self.training:
             means, variances = zip(*((n.running_mean, n.running_var) for n in self.norms), strict=True)
@@ -197,7 +204,7 @@ class _Plan:
         result = mixed_op(
             x, weights, self.candidates, params, maps, stride=self.stride, eps=self.eps, statistics=statistics
         )
-        if self.tracked:
+        if self.tracked and n:
             assert result.mean is not None
             assert result.variance is not None
             self._update(result.mean, result.variance)
@@ -214,7 +221,7 @@ class _Plan:
                 )
             z = rest.pop(0)
             outputs.append(entry.norms[0](z) if entry.norms else z)
-        return mixed_sum(outputs, weights)
+        return _sum_apart(outputs, weights)
 
     def _update(self, mean: Tensor, variance: Tensor) -> None:
         """Updates the running statistics as torch.nn.BatchNorm2d does."""
@@ -239,14 +246,32 @@ class _Plan:
                     buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
 
 
-def _hooked(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _sum_apart(outputs: list[Tensor], weights: Tensor) -> Tensor:
+    """The sum of outputs that may differ in dtype (under autocast), as torch would promote them."""
+    dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
+    return mixed_sum([y.to(dtype) for y in outputs], weights)
+
+
+def _facts(m: nn.Module) -> tuple[object, ...]:
+    """What :func:`_describe` reads of a module: a plan holds while none of it changes."""
+    if type(m) is nn.BatchNorm2d:
+        affine = m.weight is not None or m.bias is not None
+        return (_special(m), m.training, m.eps, m.num_features, m.track_running_stats, m.running_mean is None, affine)
+    if type(m) is nn.Conv2d:
+        return (_special(m), m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is None)
+    return (_special(m), type(m), *m._modules.values())
+
+
+def _special(m: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in m.__dict__
 
 
 def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
     """Finds what of ``op`` the fused op can take over; anything unusual makes it a map that is simply called."""
     whole = _Entry(Candidate("map"), head=op)
-    if any(map(_hooked, op.modules())):
+    if any(map(_special, op.modules())):
         return whole
     if type(op) is Zero and op.stride == stride:
         return _Entry(Candidate("none"))
@@ -326,7 +351,7 @@ def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry |
         channels, kernel, dilation = dw.in_channels, dw.kernel_size[0], dw.dilation[0]
         expected_stride = stride if i == 0 else 1
         if (
-            (kernel, dilation) not in _FUSED_DEPTHWISE
+            (kernel, dilation) not in SEPARABLE
             or dw.kernel_size != (kernel, kernel)
             or dw.dilation != (dilation, dilation)
             or dw.stride != (expected_stride, expected_stride)

@@ -56,7 +56,8 @@ def _widen(op: nn.Module, channels: Tensor, generator: torch.Generator | None) -
 
 
 def _widen_conv(conv: nn.Conv2d, channels: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    if conv.groups == conv.in_channels == conv.out_channels:  # depthwise: each channel is its own filter
+    pointwise = conv.kernel_size == (1, 1)  # of a single channel it has groups == channels, too
+    if conv.groups == conv.in_channels == conv.out_channels and not pointwise:  # depthwise: a filter a channel
         out = channels
         weight = conv.weight.detach()[out.to(conv.weight.device)]
         conv.groups = len(channels)

@@ -40,15 +40,19 @@ class _Refuse(torch.autograd.Function):
 
 
 def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Returns an autograd.Function's ``backward`` whose results refuse, by name of the remedy, to be differentiated."""
+    """Returns an autograd.Function's backward whose results refuse, by name of the remedy, to be differentiated.
+
+    ``backward`` is called with ctx, its saved tensors and the gradients.
+    """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: unpacking may recompute
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return results
-        behind = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        behind = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
         present = [r for r in results if r is not None]
         marked = iter(_Refuse.apply(len(present), *present, *behind))  # type: ignore[no-untyped-call]
         return tuple(None if r is None else next(marked) for r in results)

@@ -21,7 +21,7 @@ from fastnas.ops import _common
 
 Kind = Literal["none", "skip", "max_pool", "avg_pool", "separable", "map"]
 _KINDS: tuple[Kind, ...] = ("none", "skip", "max_pool", "avg_pool", "separable", "map")  # enum Kind in csrc/mixed_op.h
-_SEPARABLE = {(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)}  # (kernel, dilation) that have a kernel
+SEPARABLE = {(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)}  # (kernel, dilation) that have a kernel
 _MAX_TERMS = 24  # kMaxTerms and kMaxStages in csrc/mixed_op.h
 
 
@@ -50,10 +50,10 @@ class Candidate:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind is {self.kind!r}: expected one of {', '.join(_KINDS)}")
-        if self.kind == "separable" and ((self.kernel, self.dilation) not in _SEPARABLE or self.stages < 1):
+        if self.kind == "separable" and ((self.kernel, self.dilation) not in SEPARABLE or self.stages < 1):
             raise ValueError(
                 f"no separable candidate with kernel {self.kernel}, dilation {self.dilation}, {self.stages} stages: "
-                f"(kernel, dilation) is one of {sorted(_SEPARABLE)} and there is at least one stage"
+                f"(kernel, dilation) is one of {sorted(SEPARABLE)} and there is at least one stage"
             )
         if self.norm and self.kind in ("none", "skip"):
             raise ValueError(f"a candidate of kind {self.kind!r} has no batch norm")
@@ -95,7 +95,7 @@ def mixed_op_reference(
     def norm(z: Tensor) -> Tensor:
         row = len(means)
         if statistics is not None:
-            mean, biased = statistics[0][row], statistics[1][row]
+            mean, biased = statistics[0][row].detach(), statistics[1][row].detach()
             unbiased = biased
         else:
             wide = z.to(_common.compute_dtype(z))
@@ -164,9 +164,9 @@ class _MixedOp(torch.autograd.Function):
 
     @staticmethod
     @_common.differentiable_once
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         ops, plan, stride, training, (n_params, n_maps) = ctx.call
-        x, weights, *rest, mean, invstd = ctx.saved_tensors
+        x, weights, *rest, mean, invstd = saved
         params, maps, outs = rest[:n_params], rest[n_params : n_params + n_maps], rest[n_params + n_maps :]
         need_x, need_weights = ctx.needs_input_grad[6:8]
         need = ctx.needs_input_grad[8:]
@@ -199,7 +199,8 @@ def mixed_op(
     """Returns ``sum_o weights[o] * candidate_o(x)`` and the batch statistics of the candidates' batch norms.
 
     Batch norms are numbered by candidate, then by stage. Their statistics are the batch's (each then needs more than
-    one value a channel), or those given. The result is in channels_last memory where a native backend runs.
+    one value a channel), or those given. The result is in channels_last memory where a native backend runs; edges of
+    more than 24 candidates run on the reference.
 
     Args:
         x: shape (N, C, H, W).
@@ -217,7 +218,7 @@ def mixed_op(
     """
     _check(x, weights, candidates, params, maps, stride)
     norms = sum(c.norms for c in candidates)
-    eps = [eps] * norms if isinstance(eps, float) else list(eps)
+    eps = [float(eps)] * norms if isinstance(eps, (int, float)) else list(eps)
     if len(eps) != norms:
         raise ValueError(f"eps has {len(eps)} entries for {norms} batch norms")
     if statistics is not None and any(s.shape != (norms, x.shape[1]) for s in statistics):

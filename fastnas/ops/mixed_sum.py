@@ -32,8 +32,8 @@ class _MixedSum(torch.autograd.Function):
 
     @staticmethod
     @_common.differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *xs = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *xs = saved
         need_weights, need_xs = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
         grad = _common.like(grad, xs[0])
         grad_xs, grad_weights = ctx.ops._mixed_sum_backward(grad, xs, weights, need_xs, need_weights)

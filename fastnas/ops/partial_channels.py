@@ -72,10 +72,12 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     @_common.differentiable_once
-    def backward(ctx: Any, grad_active: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_active: Tensor | None, grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_active is None and grad is None:
             return None, None, None, None
-        x = ctx.saved_tensors[0] if ctx.stride == 2 else None
+        x = saved[0] if ctx.stride == 2 else None
         grads = [None if g is None else g.contiguous(memory_format=torch.channels_last) for g in (grad_active, grad)]
         return None, ctx.ops._partial_channels_split_backward(*grads, x, ctx.size, ctx.k, ctx.stride), None, None
 
@@ -90,7 +92,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @_common.differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_mixed = ctx.ops._partial_channels_backward(grad, ctx.k) if ctx.needs_input_grad[1] else None
         return None, grad_mixed, grad, None, None, None

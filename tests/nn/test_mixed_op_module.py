@@ -150,6 +150,51 @@ def test_replaced_modules_are_seen():
     compare(m, (2, 4, 5, 5), steps=1)
 
 
+def test_changed_settings_are_seen():
+    m = MixedOp(4, 1).double()
+    compare(m, (2, 4, 5, 5), steps=1)
+    m._ops[6].op[3].weight = nn.Parameter(torch.rand(4, dtype=torch.float64))
+    m._ops[1][1].track_running_stats = False
+    m._ops[1][1].running_mean = m._ops[1][1].running_var = None
+    compare(m, (2, 4, 5, 5), steps=1)
+    m._ops[7].op[1].dilation = m._ops[7].op[1].padding = (1, 1)
+    m._ops[7].op[1].padding = (2, 2)
+    compare(m, (2, 4, 5, 5), steps=1)
+    compare(m.eval(), (2, 4, 5, 5), steps=1)
+    m._ops[5].forward = lambda x: 2 * x
+    compare(m, (2, 4, 5, 5), steps=1)
+    m._ops = nn.ModuleList([Identity(), Identity()])
+    compare(m, (2, 4, 5, 5), steps=1)
+
+
+def test_fused_again_after_hooks_are_gone():
+    m, x, weights = MixedOp(4, 1), torch.randn(2, 4, 5, 5), torch.rand(8)
+    handles = [child.register_forward_hook(lambda *_: None) for child in m._ops.modules()]
+    m(x, weights)
+    assert {c.kind for c in m._plan.candidates} == {"map"}
+    for handle in handles:
+        handle.remove()
+    m(x, weights)
+    assert {c.kind for c in m._plan.candidates} == {"none", "max_pool", "avg_pool", "skip", "separable"}
+
+
+def test_replicas_of_data_parallel_use_their_own_parameters():
+    m, x, weights = MixedOp(4, 1).double().eval(), torch.randn(2, 4, 5, 5).double(), torch.rand(8).double()
+    m(x, weights)
+    replica = m._replicate_for_data_parallel()
+    replica._ops = deepcopy(m._ops)
+    for p in replica._ops.parameters():
+        p.data.mul_(2)
+    torch.testing.assert_close(replica(x, weights), eager(replica, x, weights))
+
+
+def test_an_empty_batch_leaves_the_statistics():
+    m = MixedOp(4, 1)
+    y = m(torch.randn(0, 4, 5, 5), torch.rand(8))
+    assert y.shape == (0, 4, 5, 5)
+    assert all(bool(torch.isfinite(b).all()) for b in m.buffers())
+
+
 def test_train_and_eval_alternate():
     m = MixedOp(4, 1).double()
     for training in (True, False, True, False):
@@ -192,6 +237,21 @@ class TestSignatures:
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             MixedOp(*arguments)
+
+    def test_other_channels_than_the_candidates_have(self):
+        with pytest.raises(ValueError, match="x has 6 channels: expected 4"):
+            MixedOp(4, 1, ["max_pool_3x3"])(torch.randn(2, 6, 5, 5), torch.rand(1))
+
+    def test_k_given_twice(self):
+        with pytest.raises(ValueError, match="give it once"):
+            MixedOp(8, 1, 4, k=2)
+
+    def test_numbers_that_are_not_plain(self):
+        import numpy as np
+
+        m = MixedOp(np.int64(8), 1, np.int64(4)).eval()
+        assert m.k == 4
+        assert m(torch.randn(1, 8, 4, 4), [0.1] * 8).shape == (1, 8, 4, 4)
 
     def test_weights_of_the_wrong_length(self):
         with pytest.raises(ValueError, match=r"weights has shape \(7,\): expected \(8,\)"):
@@ -268,6 +328,13 @@ def test_autocast():
     exact = eager(deepcopy(m).double(), x.double(), weights.double()).detach()
     y, z = y.detach(), z.detach()
     assert float((y - exact).norm()) <= 2 * float((z - exact).norm())
+
+
+def test_autocast_leaves_float64_and_promotes_as_torch_does():
+    m = MixedOp(4, 1).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert m(torch.randn(2, 4, 5, 5).double(), torch.rand(8)).dtype == torch.float64
+        assert MixedOp([nn.Linear(5, 5), nn.Identity()])(torch.randn(3, 5), torch.rand(2)).dtype == torch.float32
 
 
 def test_the_reference_backend():

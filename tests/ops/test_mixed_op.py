@@ -45,7 +45,7 @@ class Case:
     def __init__(self, candidates, shape, stride=1, dtype=torch.float64, device="cpu", given=False, seed=0, offset=0.0):
         torch.manual_seed(seed)
         n, c, h, w = shape
-        self.candidates, self.stride = candidates, stride
+        self.candidates, self.stride, self.eps = candidates, stride, 1e-5
 
         def draw(*size, scale=1.0):
             value = (torch.randn(*size, dtype=torch.float64) * scale).to(dtype).to(torch.float64)
@@ -80,6 +80,7 @@ class Case:
             *(self.weights, self.candidates, self.params, self.maps),
             stride=self.stride,
             statistics=self.statistics,
+            eps=self.eps,
             backend=backend,
         )
 
@@ -145,7 +146,9 @@ def test_layouts(place, layout):
     with torch.no_grad():
         x = {
             "contiguous": lambda: torch.randn(2, 6, 5, 7, dtype=torch.float64),
-            "channels_last": lambda: torch.randn(2, 6, 5, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last),
+            "channels_last": lambda: torch.randn(2, 6, 5, 7, dtype=torch.float64).contiguous(
+                memory_format=torch.channels_last
+            ),
             "sliced": lambda: torch.randn(4, 9, 5, 15, dtype=torch.float64)[::2, 1:7, :, ::2][..., :7],
             "expanded": lambda: torch.randn(2, 1, 5, 7, dtype=torch.float64).expand(2, 6, 5, 7),
             "transposed": lambda: torch.randn(2, 6, 7, 5, dtype=torch.float64).transpose(2, 3),
@@ -321,6 +324,60 @@ def test_second_derivatives_are_refused_by_name_and_served_by_the_reference(plac
         (grad,) = torch.autograd.grad(case.call(None).y, case.weights, case.grad, create_graph=True)
         (second,) = torch.autograd.grad(grad.sum(), case.x)
     assert second.abs().sum() > 0
+
+
+def test_pools_of_one_kind_with_different_eps(place):
+    backend, device = place
+    case = Case([EVERY[1], EVERY[2], EVERY[1], EVERY[2]], (2, 4, 5, 5), device=device)
+    case.eps = [1e-5, 1e-2, 1.0, 0.5]
+    close(case.run(backend), case.run("reference"), 1e-9)
+
+
+def test_kept_memory_is_bounded_and_given_back():
+    import gc
+
+    from fastnas import _C
+
+    fastnas.release_memory()
+    case = Case(darts(1), (4, 16, 16, 16), 1, torch.float32)
+    gc.collect()
+    lent = _C.arena()["lent"]
+    one = case.call("native").y
+    two = case.call("native").y
+    maps = 6 * case.x.numel() * 4
+    assert _C.arena()["lent"] - lent >= 2 * maps  # both graphs are alive
+    expected = torch.autograd.grad(one, case.leaves(), case.grad, retain_graph=True)
+    assert _C.arena()["lent"] - lent >= 2 * maps  # nothing goes back inside a backward
+    del one
+    gc.collect()
+    assert maps <= _C.arena()["lent"] - lent < 2 * maps
+    assert _C.arena()["kept"] >= maps
+    for a, b in zip(torch.autograd.grad(two, case.leaves(), case.grad), expected, strict=True):
+        assert torch.equal(a, b)
+    del two
+    gc.collect()
+    assert _C.arena()["lent"] == lent
+    assert fastnas.release_memory() >= 2 * maps
+    assert _C.arena()["kept"] == 0
+    limit = _C.arena()["limit"]
+    try:
+        _C.arena_set_limit(maps // 2)
+        case.run("native")
+        assert _C.arena()["kept"] <= maps // 2
+    finally:
+        _C.arena_set_limit(limit)
+
+
+def test_vmap_and_functional_gradients_use_the_reference():
+    case = Case(darts(1), (2, 4, 5, 5))
+    weights = torch.stack([case.weights.detach(), case.weights.detach().flip(0)])
+
+    def loss(w):
+        return mixed_op(case.x.detach(), w, case.candidates, [p.detach() for p in case.params], ()).y.square().sum()
+
+    for got, w in zip(torch.func.vmap(torch.func.grad(loss))(weights), weights, strict=True):
+        w = w.clone().requires_grad_()
+        torch.testing.assert_close(got, torch.autograd.grad(loss(w), w)[0])
 
 
 def test_an_empty_batch(place):

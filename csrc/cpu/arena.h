@@ -1,0 +1,20 @@
+// Blocks of memory for feature maps, kept from call to call: a fresh block of several MB costs more in page faults than
+// the arithmetic that fills it. A block goes back when the tensor that holds it dies.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastnas::cpu {
+// A block of at least `bytes`, aligned to 64 bytes. Throws std::bad_alloc.
+void* arena_take(size_t bytes);
+// Gives a block back; it is kept for the next call of its size, or freed where the arena holds its limit already.
+void arena_give(void* block) noexcept;
+
+struct ArenaState {
+  int64_t kept;   // bytes that wait for the next call
+  int64_t lent;   // bytes that tensors hold
+  int64_t limit;  // of `kept`
+};
+ArenaState arena_state();
+void arena_set_limit(int64_t bytes);  // frees what is above it
+}  // namespace fastnas::cpu
