@@ -148,7 +148,8 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
     glue = sorted(CSRC.glob("*.cpp"))
     if library == "emulated":
         command = _cxx(*_EMULATED, sanitize=sanitize)
-        sources = [(p, command) for p in [*glue, CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "arena.cpp"]]
+        shared = [p for p in _cpu_sources() if p.with_suffix(".h").exists()]  # no kernels
+        sources = [(p, command) for p in [*glue, *shared]]
         sources += _with_bounds(sorted((CSRC / "cuda").glob("*.cu")), command)
     else:
         command = _cxx(sanitize=sanitize)
