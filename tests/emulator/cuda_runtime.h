@@ -294,7 +294,3 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   const unsigned lane = emulator::self->lane;
   return emulator::exchange(mask, value, lane + delta < 32 ? lane + delta : lane);
 }
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}

@@ -51,6 +51,14 @@ __global__ void unwritten_kernel(float* out, bool write) {
   out[threadIdx.x] = slots[threadIdx.x];
 }
 
+// Each lane's own number comes back after a rotation, an exchange of pairs and a broadcast.
+__global__ void shuffle_kernel(int* out) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int next = __shfl_sync(~0u, lane, lane + 1), pair = __shfl_xor_sync(~0u, lane, 1), first = __shfl_sync(~0u, lane, 0);
+  __syncwarp();
+  out[threadIdx.x] = (next + 31) % 32 + (pair ^ 1) + first - lane;
+}
+
 __global__ void sums_kernel(double* out) {
   const double block = block_sum(1.0 + threadIdx.x);
   const double again = block_sum(2.0 * threadIdx.x);
@@ -86,6 +94,9 @@ int main(int argc, char** argv) {
     } else if (!std::strcmp(argv[1], "unwritten")) {
       run(unwritten_kernel, dim3(1), floats, !planted);
       for (float value : floats) bad += std::isnan(value);
+    } else if (!std::strcmp(argv[1], "shuffles")) {
+      run(shuffle_kernel, dim3(1), ints);
+      for (int i = 0; i < kThreads; ++i) bad += ints[i] != i % 32;
     } else if (!std::strcmp(argv[1], "sums")) {
       double sums[4] = {};
       run(sums_kernel, dim3(2), sums);

@@ -20,7 +20,9 @@ def run(case: str, form: str, sanitize: bool = False, seed: int | None = None) -
     return subprocess.run([program, case, form], env=env, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("case", ["race", "diverge", "bounds", "shared_bounds", "blocks", "unwritten", "sums", "grid"])
+@pytest.mark.parametrize(
+    "case", ["race", "diverge", "bounds", "shared_bounds", "blocks", "unwritten", "shuffles", "sums", "grid"]
+)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_correct_kernels_pass(case: str, seed: int | None) -> None:
     done = run(case, "correct", seed=seed)
