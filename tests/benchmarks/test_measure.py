@@ -40,18 +40,19 @@ def test_memory_sees_inside_operators() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc and Linux' resident size")
-def test_peak_memory_agrees_with_resident_size() -> None:
+@pytest.mark.parametrize("side", ["plain", "fastnas"])
+def test_peak_memory_agrees_with_resident_size(side: str) -> None:
     """The allocator's peak of a step is what the process grows by, as the system's kernel reports it."""
     script = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch
+import fastnas, torch
 from benchmarks import measure, plain
 torch.set_num_threads(1)
 
 def step(n):
     torch.manual_seed(0)
-    op, x, w = plain.MixedOp(16, 1), torch.randn(n, 16, 32, 32, requires_grad=True), torch.full((8,), 0.125)
+    op, x, w = {side}.MixedOp(16, 1), torch.randn(n, 16, 32, 32, requires_grad=True), torch.full((8,), 0.125)
     y = op(x, w)
     return torch.autograd.grad(y, (x, *op.parameters()), torch.ones_like(y))
 
