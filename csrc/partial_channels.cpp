@@ -6,7 +6,8 @@ namespace fastnas {
 namespace {
 PartialChannelsArgs arguments(const char* op, const std::vector<int64_t>& size, int64_t k, int64_t stride) {
   STD_TORCH_CHECK(size.size() == 4, op, ": x must be 4-d, (N, C, H, W)");
-  STD_TORCH_CHECK(k >= 1 && k <= INT32_MAX && size[1] % k == 0, op, ": k = ", k, " must divide the ", size[1], " channels");
+  STD_TORCH_CHECK(k >= 1 && k <= INT32_MAX && size[1] % k == 0, op, ": k = ", k, " must divide the ", size[1],
+                  " channels");
   STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2, got ", stride);
   STD_TORCH_CHECK(size[2] % stride == 0 && size[3] % stride == 0, op, ": stride 2 needs an even height and width");
   PartialChannelsArgs a;
@@ -22,8 +23,8 @@ std::vector<int64_t> sizes(const Tensor& t) {
 }
 
 void check(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& size, const Tensor& like) {
-  STD_TORCH_CHECK(is_channels_last(t) && sizes(t) == size, op, ": ", name, " must be channels_last of shape (", size[0], ", ",
-                  size[1], ", ", size[2], ", ", size[3], ")");
+  STD_TORCH_CHECK(is_channels_last(t) && sizes(t) == size, op, ": ", name, " must be channels_last of shape (", size[0],
+                  ", ", size[1], ", ", size[2], ", ", size[3], ")");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.device() == like.device(), op, ": ", name,
                   " differs in dtype or device");
 }
@@ -43,7 +44,8 @@ Tensor partial_channels_split(const Tensor& x, int64_t k) {
 }
 
 Tensor partial_channels_split_backward(const std::optional<Tensor>& grad_active, const std::optional<Tensor>& grad,
-                                       const std::optional<Tensor>& x, std::vector<int64_t> size, int64_t k, int64_t stride) {
+                                       const std::optional<Tensor>& x, std::vector<int64_t> size, int64_t k,
+                                       int64_t stride) {
   const char* op = "_partial_channels_split_backward";
   STD_TORCH_CHECK(grad_active || grad, op, ": grad_active and grad are both missing");
   const Tensor& like = grad ? *grad : *grad_active;
@@ -81,7 +83,8 @@ Tensor partial_channels(const Tensor& mixed, const Tensor& x, int64_t k, int64_t
   a.mixed = mixed.const_data_ptr();
   a.out = y.mutable_data_ptr();
   if (y.numel() > 0)
-    FASTNAS_DISPATCH(x.scalar_type(), "partial_channels", [&](auto t) { FASTNAS_CALL(x, partial_channels<decltype(t)>, a); });
+    FASTNAS_DISPATCH(x.scalar_type(), "partial_channels",
+                     [&](auto t) { FASTNAS_CALL(x, partial_channels<decltype(t)>, a); });
   return y;
 }
 
@@ -104,7 +107,8 @@ Tensor partial_channels_backward(const Tensor& grad, int64_t k) {
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTNAS_OPS, m) {
   m.def("partial_channels_split(Tensor x, int k) -> Tensor");
   m.def(
-      "_partial_channels_split_backward(Tensor? grad_active, Tensor? grad, Tensor? x, int[] size, int k, int stride) -> Tensor");
+      "_partial_channels_split_backward(Tensor? grad_active, Tensor? grad, Tensor? x, int[] size, int k, int stride) "
+      "-> Tensor");
   m.def("partial_channels(Tensor mixed, Tensor x, int k, int stride) -> Tensor");
   m.def("_partial_channels_backward(Tensor grad, int k) -> Tensor");
 }

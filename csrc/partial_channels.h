@@ -8,11 +8,11 @@ namespace fastnas {
 struct PartialChannelsArgs {
   int64_t N = 0, C = 0, H = 0, W = 0;  // of x; C is a multiple of k, and H and W of stride
   int k = 1, stride = 1;
-  const void* x = nullptr;             // T (N, H, W, C): split, merge; split_backward with stride 2
-  const void* mixed = nullptr;         // T (N, H/stride, W/stride, C/k): merge
-  const void* grad = nullptr;          // T (N, H/stride, W/stride, C): backwards; null: zeros
-  const void* grad_active = nullptr;   // T (N, H, W, C/k): split_backward; null: zeros
-  void* out = nullptr;                 // what the function computes
+  const void* x = nullptr;            // T (N, H, W, C): split, merge; split_backward with stride 2
+  const void* mixed = nullptr;        // T (N, H/stride, W/stride, C/k): merge
+  const void* grad = nullptr;         // T (N, H/stride, W/stride, C): backwards; null: zeros
+  const void* grad_active = nullptr;  // T (N, H, W, C/k): split_backward; null: zeros
+  void* out = nullptr;                // what the function computes
 
   constexpr int64_t pixels() const { return N * H * W; }
   constexpr int64_t windows() const { return N * (H / stride) * (W / stride); }  // pixels of the output
@@ -50,7 +50,8 @@ inline int64_t partial_channels_split_bytes(const PartialChannelsArgs& a, int64_
 inline int64_t partial_channels_split_backward_bytes(const PartialChannelsArgs& a, int64_t size) {
   const int64_t active = a.C / a.k, bypass = a.C - active;
   return (a.pixels() * (a.C + (a.grad_active ? active : 0)) +
-          (a.grad ? a.windows() * bypass + (a.stride == 2 ? a.pixels() * bypass : 0) : 0)) * size;
+          (a.grad ? a.windows() * bypass + (a.stride == 2 ? a.pixels() * bypass : 0) : 0)) *
+         size;
 }
 inline int64_t partial_channels_bytes(const PartialChannelsArgs& a, int64_t size) {
   return (a.windows() * (a.C + a.C / a.k) + a.pixels() * (a.C - a.C / a.k)) * size;

@@ -6,16 +6,16 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                                                  \
-  namespace ISA {                                                                             \
-  template <class T>                                                                          \
-  void partial_channels_split_range(const PartialChannelsArgs&, int64_t, int64_t);            \
-  template <class T>                                                                          \
-  void partial_channels_range(const PartialChannelsArgs&, int64_t, int64_t);                  \
-  template <class T>                                                                          \
-  void partial_channels_backward_range(const PartialChannelsArgs&, int64_t, int64_t);         \
-  template <class T>                                                                          \
-  void partial_channels_split_backward_range(const PartialChannelsArgs&, int64_t, int64_t);   \
+#define FASTNAS_DECLARE(ISA)                                                                \
+  namespace ISA {                                                                           \
+  template <class T>                                                                        \
+  void partial_channels_split_range(const PartialChannelsArgs&, int64_t, int64_t);          \
+  template <class T>                                                                        \
+  void partial_channels_range(const PartialChannelsArgs&, int64_t, int64_t);                \
+  template <class T>                                                                        \
+  void partial_channels_backward_range(const PartialChannelsArgs&, int64_t, int64_t);       \
+  template <class T>                                                                        \
+  void partial_channels_split_backward_range(const PartialChannelsArgs&, int64_t, int64_t); \
   }
 FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)
@@ -34,9 +34,8 @@ void over_pixels(int64_t pixels, Parallel parallel, Body body) {
 template <class T>
 void partial_channels_split(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels_split", partial_channels_split_bytes(args, sizeof(T)));
-  over_pixels(args.pixels(), parallel, [&](int64_t begin, int64_t end) {
-    FASTNAS_CPU_CALL(partial_channels_split_range<T>, args, begin, end);
-  });
+  over_pixels(args.pixels(), parallel,
+              [&](int64_t begin, int64_t end) { FASTNAS_CPU_CALL(partial_channels_split_range<T>, args, begin, end); });
 }
 
 template <class T>
@@ -50,9 +49,8 @@ void partial_channels_split_backward(const PartialChannelsArgs& args, Parallel p
 template <class T>
 void partial_channels(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels", partial_channels_bytes(args, sizeof(T)));
-  over_pixels(args.windows(), parallel, [&](int64_t begin, int64_t end) {
-    FASTNAS_CPU_CALL(partial_channels_range<T>, args, begin, end);
-  });
+  over_pixels(args.windows(), parallel,
+              [&](int64_t begin, int64_t end) { FASTNAS_CPU_CALL(partial_channels_range<T>, args, begin, end); });
 }
 
 template <class T>
@@ -63,10 +61,10 @@ void partial_channels_backward(const PartialChannelsArgs& args, Parallel paralle
   });
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                       \
-  template void partial_channels_split<T>(const PartialChannelsArgs&, Parallel);     \
+#define FASTNAS_INSTANTIATE(T)                                                            \
+  template void partial_channels_split<T>(const PartialChannelsArgs&, Parallel);          \
   template void partial_channels_split_backward<T>(const PartialChannelsArgs&, Parallel); \
-  template void partial_channels<T>(const PartialChannelsArgs&, Parallel);           \
+  template void partial_channels<T>(const PartialChannelsArgs&, Parallel);                \
   template void partial_channels_backward<T>(const PartialChannelsArgs&, Parallel);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -87,7 +87,8 @@ void partial_channels_split_backward_range(const PartialChannelsArgs& a, int64_t
           std::memset(static_cast<void*>(out[i]), 0, active * sizeof(T));
       }
       if (!a.grad || a.stride == 2)
-        for (int i = 0; i < pixels; ++i) std::memset(static_cast<void*>(out[i] + active), 0, (a.C - active) * sizeof(T));
+        for (int i = 0; i < pixels; ++i)
+          std::memset(static_cast<void*>(out[i] + active), 0, (a.C - active) * sizeof(T));
       if (!a.grad) continue;
       const T* grad = static_cast<const T*>(a.grad) + q * a.C;
       if (a.stride == 1) {

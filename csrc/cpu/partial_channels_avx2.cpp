@@ -9,6 +9,7 @@
 #define FASTNAS_VECTOR_BYTES 32
 namespace fastnas::cpu::avx2 {
 #include "cpu/simd.h"
+
 #include "cpu/partial_channels.inl"
 }  // namespace fastnas::cpu::avx2
 #ifdef __clang__

@@ -2,13 +2,15 @@
 #include "partial_channels.h"
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
 #endif
 #define FASTNAS_VECTOR_BYTES 64
 namespace fastnas::cpu::avx512 {
 #include "cpu/simd.h"
+
 #include "cpu/partial_channels.inl"
 }  // namespace fastnas::cpu::avx512
 #ifdef __clang__

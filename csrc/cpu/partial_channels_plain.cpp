@@ -4,5 +4,6 @@
 #define FASTNAS_VECTOR_BYTES 16
 namespace fastnas::cpu::plain {
 #include "cpu/simd.h"
+
 #include "cpu/partial_channels.inl"
 }  // namespace fastnas::cpu::plain

@@ -4,7 +4,8 @@ namespace fastnas::cuda {
 namespace {
 // out = pointwise(depthwise(relu(source))) of the listed stages: a tile of M pixels by N output channels a block.
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kBlock, kFewBlocks<T> + 1) stages_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T> + 1)
+    stages_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ List list) {
   using A = compute_t<T>;
   constexpr int M = Tile<A, N>::M;
   __shared__ Tile<A, N> tile;
@@ -51,7 +52,8 @@ struct Moments {
     if (other.n == 0) return *this;
     if (n == 0) return other;
     const double total = n + other.n, delta = other.mean - mean;
-    return {total, mean + delta * (other.n / total), deviation + other.deviation + delta * delta * (n * other.n / total)};
+    return {total, mean + delta * (other.n / total),
+            deviation + other.deviation + delta * delta * (n * other.n / total)};
   }
 };
 
@@ -59,7 +61,8 @@ struct Moments {
 // relative to its first one, so that neither a large mean nor a constant channel costs precision.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
-    moments_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch, const __grid_constant__ List list) {
+    moments_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                   const __grid_constant__ List list) {
   using A = compute_t<T>;
   __shared__ double means[kBlock * V], deviations[kBlock * V];
   const int entry = list.entry[blockIdx.z], c = map_channel<V>();
@@ -137,9 +140,9 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
 
 // Combines the chunks in order: 8 rows of threads take every 8th chunk each, then row 0 combines the rows.
 template <class A>
-__global__ void __launch_bounds__(kBlock) moments_finish_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                const __grid_constant__ Scratch scratch,
-                                                                const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock)
+    moments_finish_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                          const __grid_constant__ List list) {
   __shared__ Moments rows[8][32];
   const int entry = list.entry[blockIdx.y], norm = entry < 0 ? a.terms[~entry].norm : a.stages[entry].norm;
   const int64_t P = output_pixels(a), c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -147,7 +150,8 @@ __global__ void __launch_bounds__(kBlock) moments_finish_kernel(const __grid_con
   for (int64_t j = threadIdx.y; j < scratch.chunks.count && c < a.C; j += 8) {
     const double* from = scratch.moments + (norm * scratch.chunks.count + j) * 2 * a.C + c;
     const int64_t rest = P - j * scratch.chunks.size;
-    sum = sum + Moments{static_cast<double>(rest < scratch.chunks.size ? rest : scratch.chunks.size), from[0], from[a.C]};
+    sum =
+        sum + Moments{static_cast<double>(rest < scratch.chunks.size ? rest : scratch.chunks.size), from[0], from[a.C]};
   }
   rows[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -200,10 +204,11 @@ void forward_stages(const MixedOpArgs& a, const List& list, Stream stream) {
   int64_t bytes = 0;
   for (int i = 0; i < list.count; ++i) {
     const Stage& s = a.stages[list.entry[i]];
-    bytes += map_bytes<T>(a, s.source < 0, 1 + (s.source >= 0)) + (a.C + taps(s)) * a.C * static_cast<int64_t>(sizeof(T));
+    bytes +=
+        map_bytes<T>(a, s.source < 0, 1 + (s.source >= 0)) + (a.C + taps(s)) * a.C * static_cast<int64_t>(sizeof(T));
   }
-  launch("mixed_op_stages", bytes, kernel,
-         dim3(ceil_div(output_pixels(a), kProduct / n), ceil_div(a.C, n), list.count), dim3(kBlock), stream, a, list);
+  launch("mixed_op_stages", bytes, kernel, dim3(ceil_div(output_pixels(a), kProduct / n), ceil_div(a.C, n), list.count),
+         dim3(kBlock), stream, a, list);
   static_assert(sizeof(Tile<A, 16>) + kMaxTaps * kDepth * sizeof(A) + 256 * sizeof(Window) <= 48 << 10);
 }
 
@@ -255,8 +260,8 @@ void mixed_op(const MixedOpArgs& args, Stream stream) {
   by_four(args) ? forward<T, 4>(args, stream) : forward<T, 1>(args, stream);
 }
 
-#define FASTNAS_INSTANTIATE(T)                                             \
-  template int64_t mixed_op_workspace<T>(const MixedOpArgs&, bool);        \
+#define FASTNAS_INSTANTIATE(T)                                      \
+  template int64_t mixed_op_workspace<T>(const MixedOpArgs&, bool); \
   template void mixed_op<T>(const MixedOpArgs&, Stream);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -12,14 +12,14 @@
 #include "mixed_op.h"
 
 namespace fastnas::cuda {
-constexpr int kBlock = 256;        // threads of every block
+constexpr int kBlock = 256;  // threads of every block
 // Blocks of a processor that a kernel with many values a thread asks for, so that they stay in registers.
 template <class T>
 constexpr int kFewBlocks = sizeof(T) == 8 ? 1 : 2;
-constexpr int kRows = 2;           // pixels that a thread of a map kernel keeps in registers
-constexpr int kDepth = 16;         // channels of a product's tile that are loaded at a time
-constexpr int kProduct = 4096;     // results of a product's tile: pixels x channels
-constexpr int kMaxTaps = 49;       // of a depthwise kernel
+constexpr int kRows = 2;        // pixels that a thread of a map kernel keeps in registers
+constexpr int kDepth = 16;      // channels of a product's tile that are loaded at a time
+constexpr int kProduct = 4096;  // results of a product's tile: pixels x channels
+constexpr int kMaxTaps = 49;    // of a depthwise kernel
 constexpr int64_t kMaxChunks = 1024;
 
 // Some of the stages, or of the terms (as ~term), that a launch is about.
@@ -40,17 +40,17 @@ inline Chunks chunks_of(int64_t pixels, int64_t least, int64_t most) {
 
 // Where things lie in the workspace. A = compute_t<T>, P = N * OH * OW.
 struct Scratch {
-  Chunks chunks;                // of the P output pixels
-  Chunks weight_chunks;         // of the same, for the weights' gradients
-  double* moments = nullptr;    // [norm][chunk][2][C]: mean, sum of squared deviations                    forward
-  double* sums = nullptr;       // [chunk][1 + terms][C]: of g, and of g * (src - mean)                    backward
-  double* chain = nullptr;      // [stage][chunk][2][C]: of dn, and of dn * (z - mean), dn = grad_norm
-  void* coefficients = nullptr; // A [stages + terms][3][C]: d/d(src) = k0 * g + k1 * (src - mean) + k2
-  uint8_t* argmax = nullptr;    // [P][C]: the tap that a max pool took
-  void* average = nullptr;      // A [P][C]: what an average pool gave
+  Chunks chunks;                   // of the P output pixels
+  Chunks weight_chunks;            // of the same, for the weights' gradients
+  double* moments = nullptr;       // [norm][chunk][2][C]: mean, sum of squared deviations                    forward
+  double* sums = nullptr;          // [chunk][1 + terms][C]: of g, and of g * (src - mean)                    backward
+  double* chain = nullptr;         // [stage][chunk][2][C]: of dn, and of dn * (z - mean), dn = grad_norm
+  void* coefficients = nullptr;    // A [stages + terms][3][C]: d/d(src) = k0 * g + k1 * (src - mean) + k2
+  uint8_t* argmax = nullptr;       // [P][C]: the tap that a max pool took
+  void* average = nullptr;         // A [P][C]: what an average pool gave
   void* grad_depthwise = nullptr;  // T [stage][P][C]: the gradients of the depthwise outputs
-  void* pointwise = nullptr;    // A [stage][weight chunk][C][C]
-  void* depthwise = nullptr;    // A [stage], each: [weight chunk][C][taps], and room for kMaxTaps
+  void* pointwise = nullptr;       // A [stage][weight chunk][C][C]
+  void* depthwise = nullptr;       // A [stage], each: [weight chunk][C][taps], and room for kMaxTaps
   int64_t bytes = 0;
 };
 
@@ -238,7 +238,8 @@ __device__ inline void avg_pool(const MixedOpArgs& a, int64_t p, int c, compute_
 
 // What a term adds, before its batch norm, at output pixel p.
 template <class T, int V>
-__device__ inline void term_values(const MixedOpArgs& a, const Term& term, int64_t p, int c, compute_t<T> (&values)[V]) {
+__device__ inline void term_values(const MixedOpArgs& a, const Term& term, int64_t p, int c,
+                                   compute_t<T> (&values)[V]) {
   if (term.kind == Kind::max_pool) {
     uint8_t tap[V];
     max_pool<T, V>(a, p, c, values, tap);
@@ -304,9 +305,9 @@ __device__ inline Window window(const MixedOpArgs& a, const Stage& s, const Sour
 
 // Depthwise convolution of relu(normalised source) at channels c.. of one output pixel. weights[tap * stride + v].
 template <int K, class T, int V>
-__device__ inline void depthwise_k(const Source<T>& source, const Window& win, int dilation, int c, const compute_t<T>* weights,
-                                   int stride, const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
-                                   compute_t<T> (&out)[V]) {
+__device__ inline void depthwise_k(const Source<T>& source, const Window& win, int dilation, int c,
+                                   const compute_t<T>* weights, int stride, const compute_t<T> (&mean)[V],
+                                   const compute_t<T> (&invstd)[V], compute_t<T> (&out)[V]) {
   using A = compute_t<T>;
 #pragma unroll 1  // a row of taps in flight is enough, and fits in registers
   for (int i = 0; i < K; ++i) {
@@ -325,9 +326,9 @@ __device__ inline void depthwise_k(const Source<T>& source, const Window& win, i
   }
 }
 template <class T, int V>
-__device__ inline void depthwise(const Stage& s, const Source<T>& source, const Window& win, int c, const compute_t<T>* weights,
-                                 int stride, const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
-                                 compute_t<T> (&out)[V]) {
+__device__ inline void depthwise(const Stage& s, const Source<T>& source, const Window& win, int c,
+                                 const compute_t<T>* weights, int stride, const compute_t<T> (&mean)[V],
+                                 const compute_t<T> (&invstd)[V], compute_t<T> (&out)[V]) {
   fill(out, compute_t<T>(0));
   if (win.image < 0 || c >= source.C) return;
   if (s.kernel == 3)
@@ -346,7 +347,8 @@ __device__ inline void load_taps(const Stage& s, int64_t C, int64_t c, int width
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < n * width; i += threads) {
     const int channel = i / n, tap = i - channel * n;
     to[tap * width + channel] =
-        c + channel < C ? static_cast<compute_t<T>>(static_cast<const T*>(s.depthwise)[(c + channel) * n + tap]) : compute_t<T>(0);
+        c + channel < C ? static_cast<compute_t<T>>(static_cast<const T*>(s.depthwise)[(c + channel) * n + tap])
+                        : compute_t<T>(0);
   }
 }
 

@@ -13,7 +13,8 @@ __device__ inline A* coefficients(const MixedOpArgs& a, const Scratch& scratch, 
 // The coefficients of a batch norm behind which lies weight * (normalised): from the sums of g and of g * (src - mean).
 // Given statistics do not depend on the input.
 template <class A>
-__device__ inline void write_coefficients(const MixedOpArgs& a, A* to, int64_t c, double weight, int norm, double sum, double dot) {
+__device__ inline void write_coefficients(const MixedOpArgs& a, A* to, int64_t c, double weight, int norm, double sum,
+                                          double dot) {
   const double invstd = norm < 0 ? 1 : static_cast<double>(static_cast<const A*>(a.invstd)[norm * a.C + c]);
   const bool batch = norm >= 0 && a.training;
   const double scale = weight * invstd, P = static_cast<double>(output_pixels(a));
@@ -42,8 +43,8 @@ struct Slope {
   }
 };
 
-// The sums over one chunk of pixels of g and, for every term, of g * (src - mean). A chunk of g stays in the cache while
-// the terms stream by. What the pools give is kept for their gradients.
+// The sums over one chunk of pixels of g and, for every term, of g * (src - mean). A chunk of g stays in the cache
+// while the terms stream by. What the pools give is kept for their gradients.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlock)
     sum_backward_reduce_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch) {
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kBlock)
       const double product = chunks_sum(scratch.sums + (1 + t) * a.C + c, scratch.chunks.count, stride, c < a.C);
       if (threadIdx.x >= 32 || c >= a.C) continue;
       write_coefficients(a, to, c, weight, term.norm, sum, product);
-      dot += term.norm < 0 ? product : product * static_cast<double>(static_cast<const A*>(a.invstd)[term.norm * a.C + c]);
+      dot +=
+          term.norm < 0 ? product : product * static_cast<double>(static_cast<const A*>(a.invstd)[term.norm * a.C + c]);
     }
   }
   dot = block_sum(dot);
@@ -126,9 +128,9 @@ __global__ void __launch_bounds__(kBlock)
 
 // The coefficients of the listed stages, which other stages read.
 template <class A>
-__global__ void __launch_bounds__(kBlock) stages_backward_finish_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                        const __grid_constant__ Scratch scratch,
-                                                                        const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock)
+    stages_backward_finish_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                                  const __grid_constant__ List list) {
   const int stage = list.entry[blockIdx.y];
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   const double* partial = scratch.chain + stage * scratch.chunks.count * 2 * a.C + c;
@@ -140,9 +142,9 @@ __global__ void __launch_bounds__(kBlock) stages_backward_finish_kernel(const __
 
 // The gradients of maps that were computed outside.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) maps_backward_kernel(const __grid_constant__ MixedOpArgs a,
-                                                               const __grid_constant__ Scratch scratch,
-                                                               const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock)
+    maps_backward_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                         const __grid_constant__ List list) {
   using A = compute_t<T>;
   const int entry = list.entry[blockIdx.z], c = map_channel<V>();
   if (c >= a.C) return;
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(kBlock) maps_backward_kernel(const __grid_cons
 
 // The gradient of a stage's output at one pixel.
 template <class T, int V>
-__device__ inline void output_gradient(const MixedOpArgs& a, const Stage& s, const Slope<compute_t<T>, V>& slope, int64_t p, int c,
-                                       compute_t<T> (&values)[V]) {
+__device__ inline void output_gradient(const MixedOpArgs& a, const Stage& s, const Slope<compute_t<T>, V>& slope,
+                                       int64_t p, int c, compute_t<T> (&values)[V]) {
   using A = compute_t<T>;
   A g[V];
   read<T, V>(static_cast<const T*>(s.grad_norm ? s.grad_norm : a.grad) + p * a.C + c, g);
@@ -174,9 +176,9 @@ __device__ inline void output_gradient(const MixedOpArgs& a, const Stage& s, con
 
 // The gradients of the listed stages' depthwise outputs: a tile of M pixels by N channels a block.
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kBlock) pointwise_backward_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                    const __grid_constant__ Scratch scratch,
-                                                                    const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock)
+    pointwise_backward_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                              const __grid_constant__ List list) {
   using A = compute_t<T>;
   constexpr int M = Tile<A, N>::M;
   __shared__ Tile<A, N> tile;
@@ -210,21 +212,22 @@ __global__ void __launch_bounds__(kBlock) pointwise_backward_kernel(const __grid
   Tile<A, N>::template write_map<T, V>(to, first, P, in, a.C, acc);
 }
 
-// One chunk's part of the pointwise weights' gradients, an N x N tile of (out, in) a block:
+// One chunk's part of the listed stages' pointwise weights' gradients, an N x N tile of (out, in) a block:
 // the sum over pixels of (gradient of the output) x (depthwise output, computed once more).
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kBlock, kFewBlocks<T>) pointwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                   const __grid_constant__ Scratch scratch) {
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
+    pointwise_weights_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                             const __grid_constant__ List list) {
   using A = compute_t<T>;
-  constexpr int kPixels = 2048 / N;               // that are loaded at a time
-  constexpr int kTeam = (N / 4) * (N / 4);        // threads that hold one copy of the tile
-  constexpr int kTeams = kBlock / kTeam;          // each takes every kTeams-th pixel
+  constexpr int kPixels = 2048 / N;                    // that are loaded at a time
+  constexpr int kTeam = (N / 4) * (N / 4);             // threads that hold one copy of the tile
+  constexpr int kTeams = kBlock / kTeam;               // each takes every kTeams-th pixel
   alignas(16) __shared__ A operands[2 * kPixels * N];  // left, right; at the end the teams' tiles
   __shared__ A weights[kMaxTaps * N];
   __shared__ Window windows[kPixels];
   A* left = operands;
   A* right = operands + kPixels * N;
-  const int stage = blockIdx.z, tiles = static_cast<int>(ceil_div(a.C, N));
+  const int stage = list.entry[blockIdx.z], tiles = static_cast<int>(ceil_div(a.C, N));
   const Stage& s = a.stages[stage];
   const Source<T> source(a, s);
   const int out = static_cast<int>(blockIdx.y) / tiles * N, in = static_cast<int>(blockIdx.y) % tiles * N;
@@ -243,7 +246,8 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>) pointwise_weights_kerne
   const int row = member / (N / 4) * 4, column = member % (N / 4) * 4;
   A acc[4][4] = {};
   for (int64_t first = begin; first < end; first += kPixels) {
-    for (int m = threadIdx.x; m < kPixels; m += kBlock) windows[m] = first + m < end ? window(a, s, source, first + m) : Window{-1, 0, 0};
+    for (int m = threadIdx.x; m < kPixels; m += kBlock)
+      windows[m] = first + m < end ? window(a, s, source, first + m) : Window{-1, 0, 0};
     __syncthreads();
     for (int m = threadIdx.x / kGroups; m < kPixels; m += kBlock / kGroups) {
       A values[V];
@@ -275,9 +279,9 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>) pointwise_weights_kerne
 
 // One chunk's part of the depthwise weights' gradients of the listed stages, all of kernel K: a thread a channel.
 template <class T, int K>
-__global__ void __launch_bounds__(kBlock, kFewBlocks<T>) depthwise_weights_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                   const __grid_constant__ Scratch scratch,
-                                                                   const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
+    depthwise_weights_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                             const __grid_constant__ List list) {
   using A = compute_t<T>;
   const int stage = list.entry[blockIdx.z], c = map_channel<1>();
   const Stage& s = a.stages[stage];
@@ -303,7 +307,8 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>) depthwise_weights_kerne
       }
     }
   }
-  A* to = static_cast<A*>(scratch.depthwise) + (stage * scratch.weight_chunks.count * kMaxTaps + blockIdx.x * (K * K)) * a.C;
+  A* to = static_cast<A*>(scratch.depthwise) +
+          (stage * scratch.weight_chunks.count * kMaxTaps + blockIdx.x * (K * K)) * a.C;
 #pragma unroll
   for (int t = 0; t < K * K; ++t) {
     double sum[1] = {static_cast<double>(acc[t])};
@@ -312,12 +317,13 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>) depthwise_weights_kerne
   }
 }
 
-// Adds the chunks' parts of every stage's weights' gradients in order.
+// Adds the chunks' parts of the listed stages' weights' gradients in order.
 template <class T>
-__global__ void __launch_bounds__(kBlock) weights_finish_kernel(const __grid_constant__ MixedOpArgs a,
-                                                                const __grid_constant__ Scratch scratch) {
+__global__ void __launch_bounds__(kBlock)
+    weights_finish_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ Scratch scratch,
+                          const __grid_constant__ List list) {
   using A = compute_t<T>;
-  const int stage = blockIdx.y;
+  const int stage = list.entry[blockIdx.y];
   const Stage& s = a.stages[stage];
   const int64_t chunks = scratch.weight_chunks.count;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
@@ -466,7 +472,9 @@ struct Backward {
   Scratch scratch = make_scratch<T>(a, true);
   int64_t P = output_pixels(a);
 
-  int64_t sums_bytes(int64_t rows) const { return rows * scratch.chunks.count * a.C * static_cast<int64_t>(sizeof(double)); }
+  int64_t sums_bytes(int64_t rows) const {
+    return rows * scratch.chunks.count * a.C * static_cast<int64_t>(sizeof(double));
+  }
   int64_t weights_bytes(const Stage& s) const { return (a.C + taps(s)) * a.C * static_cast<int64_t>(sizeof(T)); }
   // Bytes of one map in the workspace with elements of `size` bytes.
   int64_t kept_bytes(int64_t size) const { return P * a.C * size; }
@@ -483,16 +491,18 @@ struct Backward {
       if (kind == Kind::avg_pool) kept += kept_bytes(sizeof(A));
     }
     launch("mixed_op_sum_backward_reduce", map_bytes<T>(a, reads_x, maps) + kept + sums_bytes(1 + a.terms_count),
-           sum_backward_reduce_kernel<T, V>, dim3(scratch.chunks.count, map_columns<V>(a.C)), map_block<V>(a.C), stream, a,
-           scratch);
-    launch("mixed_op_sum_backward_finish", sums_bytes(1 + a.terms_count) + 3 * a.terms_count * a.C * static_cast<int64_t>(sizeof(A)),
+           sum_backward_reduce_kernel<T, V>, dim3(scratch.chunks.count, map_columns<V>(a.C)), map_block<V>(a.C), stream,
+           a, scratch);
+    launch("mixed_op_sum_backward_finish",
+           sums_bytes(1 + a.terms_count) + 3 * a.terms_count * a.C * static_cast<int64_t>(sizeof(A)),
            sum_backward_finish_kernel<A>, dim3(a.candidates), dim3(kBlock), stream, a, scratch);
   }
 
   void maps(const List& list) const {
     const dim3 block = map_block<V>(a.C);
     launch("mixed_op_maps_backward", map_bytes<T>(a, 0, 3 * list.count), maps_backward_kernel<T, V>,
-           dim3(ceil_div(P, int64_t{block.y} * kRows), map_columns<V>(a.C), list.count), block, stream, a, scratch, list);
+           dim3(ceil_div(P, int64_t{block.y} * kRows), map_columns<V>(a.C), list.count), block, stream, a, scratch,
+           list);
   }
 
   void pointwise(const List& list) const {
@@ -513,9 +523,12 @@ struct Backward {
       for (int i = 0; i < list.count; ++i)
         if (a.stages[s].source == list.entry[i]) bytes += map_bytes<T>(a, 0, 1);
     launch("mixed_op_stages_backward_input", bytes, input_backward_kernel<T, V>,
-           dim3(scratch.chunks.count, map_columns<V>(a.C), list.count), map_block<V>(a.C), stream, a, scratch, list, scratch.chunks);
-    launch("mixed_op_stages_backward_finish", sums_bytes(2 * list.count) + 3 * list.count * a.C * static_cast<int64_t>(sizeof(A)),
-           stages_backward_finish_kernel<A>, dim3(ceil_div(a.C, 32), list.count), dim3(kBlock), stream, a, scratch, list);
+           dim3(scratch.chunks.count, map_columns<V>(a.C), list.count), map_block<V>(a.C), stream, a, scratch, list,
+           scratch.chunks);
+    launch("mixed_op_stages_backward_finish",
+           sums_bytes(2 * list.count) + 3 * list.count * a.C * static_cast<int64_t>(sizeof(A)),
+           stages_backward_finish_kernel<A>, dim3(ceil_div(a.C, 32), list.count), dim3(kBlock), stream, a, scratch,
+           list);
   }
 
   void x() const {
@@ -534,14 +547,17 @@ struct Backward {
            dim3(chunks.count, map_columns<V>(a.C)), map_block<V>(a.C), stream, a, scratch, list, chunks);
   }
 
-  void weights() const {
-    int64_t bytes = 0, parts = 0;
-    List threes, fives, sevens;
-    for (int s = 0; s < a.stages_count; ++s) {
-      const int64_t reads_x = a.stages[s].source < 0;
-      bytes += map_bytes<T>(a, reads_x, 3 - reads_x);
-      parts += scratch.weight_chunks.count * (a.C + taps(a.stages[s])) * a.C * static_cast<int64_t>(sizeof(A));
-      (a.stages[s].kernel == 3 ? threes : a.stages[s].kernel == 5 ? fives : sevens).add(s);
+  void weights(const List& list) const {
+    List by_kernel[3];  // 3, 5, 7
+    int64_t maps = 0, parts = 0, results = 0;
+    int largest = 0;
+    for (int i = 0; i < list.count; ++i) {
+      const Stage& s = a.stages[list.entry[i]];
+      by_kernel[s.kernel / 2 - 1].add(list.entry[i]);
+      maps += map_bytes<T>(a, s.source < 0, 2 + (s.source >= 0));
+      parts += scratch.weight_chunks.count * (a.C + taps(s)) * a.C * static_cast<int64_t>(sizeof(A));
+      results += weights_bytes(s);
+      largest = std::max(largest, taps(s));
     }
     const int n = product_width(a.C, V, kMaxWeightTile<T>);
     const auto tiles = static_cast<unsigned>(ceil_div(a.C, n));
@@ -550,20 +566,14 @@ struct Backward {
       if (n == 16) kernel = pointwise_weights_kernel<T, V, 16>;
     if constexpr (V > 1 && kMaxWeightTile<T> == 64)
       if (n == 64) kernel = pointwise_weights_kernel<T, V, 64>;
-    const int64_t squares = a.stages_count * scratch.weight_chunks.count * a.C * a.C * static_cast<int64_t>(sizeof(A));
-    launch("mixed_op_stages_backward_pointwise_weights", bytes + squares, kernel,
-           dim3(scratch.weight_chunks.count, tiles * tiles, a.stages_count), dim3(kBlock), stream, a, scratch);
-    depthwise_weights<3>(threes);
-    depthwise_weights<5>(fives);
-    depthwise_weights<7>(sevens);
-    bytes = parts;
-    int largest = 0;
-    for (int s = 0; s < a.stages_count; ++s) {
-      bytes += weights_bytes(a.stages[s]);
-      largest = std::max(largest, taps(a.stages[s]));
-    }
-    launch("mixed_op_stages_backward_weights_finish", bytes, weights_finish_kernel<T>,
-           dim3(ceil_div((a.C + largest) * a.C, kBlock), a.stages_count), dim3(kBlock), stream, a, scratch);
+    const int64_t squares = list.count * scratch.weight_chunks.count * a.C * a.C * static_cast<int64_t>(sizeof(A));
+    launch("mixed_op_stages_backward_pointwise_weights", maps + squares, kernel,
+           dim3(scratch.weight_chunks.count, tiles * tiles, list.count), dim3(kBlock), stream, a, scratch, list);
+    depthwise_weights<3>(by_kernel[0]);
+    depthwise_weights<5>(by_kernel[1]);
+    depthwise_weights<7>(by_kernel[2]);
+    launch("mixed_op_stages_backward_weights_finish", parts + results, weights_finish_kernel<T>,
+           dim3(ceil_div((a.C + largest) * a.C, kBlock), list.count), dim3(kBlock), stream, a, scratch, list);
   }
 
   template <int K>
@@ -572,10 +582,12 @@ struct Backward {
     int64_t bytes = 0;
     for (int i = 0; i < list.count; ++i) {
       const int64_t reads_x = a.stages[list.entry[i]].source < 0;
-      bytes += map_bytes<T>(a, reads_x, 2 - reads_x) + scratch.weight_chunks.count * a.C * K * K * static_cast<int64_t>(sizeof(A));
+      bytes += map_bytes<T>(a, reads_x, 2 - reads_x) +
+               scratch.weight_chunks.count * a.C * K * K * static_cast<int64_t>(sizeof(A));
     }
     launch("mixed_op_stages_backward_depthwise_weights", bytes, depthwise_weights_kernel<T, K>,
-           dim3(scratch.weight_chunks.count, map_columns<1>(a.C), list.count), map_block<1>(a.C), stream, a, scratch, list);
+           dim3(scratch.weight_chunks.count, map_columns<1>(a.C), list.count), map_block<1>(a.C), stream, a, scratch,
+           list);
   }
 
   void run() const {
@@ -584,8 +596,10 @@ struct Backward {
     for (int t = 0; t < a.terms_count; ++t)
       if (a.terms[t].grad) with_grad.add(~t);
     if (with_grad.count) maps(with_grad);
-    const bool need_weights = a.stages_count > 0 && a.stages[0].grad_pointwise;
-    if (!need_weights && !a.grad_x) return;
+    List with_weights;
+    for (int s = 0; s < a.stages_count; ++s)
+      if (a.stages[s].grad_pointwise) with_weights.add(s);
+    if (!with_weights.count && !a.grad_x) return;
     int deepest = -1;
     for (int s = 0; s < a.stages_count; ++s) deepest = std::max(deepest, level(a, s));
     for (int now = deepest; now >= 0; --now) {
@@ -598,7 +612,7 @@ struct Backward {
       if (before.count) sources(before);
     }
     if (a.grad_x) x();
-    if (need_weights) weights();
+    if (with_weights.count) weights(with_weights);
   }
 };
 }  // namespace

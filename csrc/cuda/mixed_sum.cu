@@ -104,15 +104,15 @@ void mixed_sum_backward(const MixedSumArgs& args, Stream stream) {
   const int64_t pieces = mixed_sum_pieces(args.n);
   const int64_t maps = 1 + (args.grad_xs[0] ? args.count : 0) + (args.grad_weights ? args.count : 0);
   launch("mixed_sum_backward", maps * args.n * static_cast<int64_t>(sizeof(T)),
-         vector ? mixed_sum_backward_kernel<T, kVector<T>> : mixed_sum_backward_kernel<T, 1>, dim3(pieces), dim3(kThreads),
-         stream, args);
+         vector ? mixed_sum_backward_kernel<T, kVector<T>> : mixed_sum_backward_kernel<T, 1>, dim3(pieces),
+         dim3(kThreads), stream, args);
   if (!args.grad_weights) return;
   launch("mixed_sum_backward_finish", pieces * args.count * static_cast<int64_t>(sizeof(double)),
          mixed_sum_backward_finish_kernel<T>, dim3(args.count), dim3(kThreads), stream, args, pieces);
 }
 
-#define FASTNAS_INSTANTIATE(T)                                \
-  template void mixed_sum<T>(const MixedSumArgs&, Stream);    \
+#define FASTNAS_INSTANTIATE(T)                             \
+  template void mixed_sum<T>(const MixedSumArgs&, Stream); \
   template void mixed_sum_backward<T>(const MixedSumArgs&, Stream);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -22,7 +22,8 @@ __device__ inline int64_t first_pixel(const PartialChannelsArgs& a, int64_t q) {
   return row * S * a.W + (q - row * OW) * S;
 }
 
-// Which of the window's pixels (0, 1 above; 2, 3 below) holds the maximum: the first in scan order, and NaN beats numbers.
+// Which of the window's pixels (0, 1 above; 2, 3 below) holds the maximum: the first in scan order, and NaN beats
+// numbers.
 template <class T>
 __device__ inline int argmax(const T* x, int64_t right, int64_t down) {
   int best = 0;
@@ -95,8 +96,8 @@ __global__ void partial_channels_split_backward_kernel(PartialChannelsArgs a) {
   }
 }
 
-void launch_pixels(const char* name, int64_t bytes, void (*kernel)(PartialChannelsArgs), int64_t pixels, int64_t channels,
-                   const PartialChannelsArgs& args, Stream stream) {
+void launch_pixels(const char* name, int64_t bytes, void (*kernel)(PartialChannelsArgs), int64_t pixels,
+                   int64_t channels, const PartialChannelsArgs& args, Stream stream) {
   const dim3 block = pixel_block(channels);
   launch(name, bytes, kernel, dim3(ceil_div(pixels, block.y)), block, stream, args);
 }
@@ -104,22 +105,23 @@ void launch_pixels(const char* name, int64_t bytes, void (*kernel)(PartialChanne
 
 template <class T>
 void partial_channels_split(const PartialChannelsArgs& args, Stream stream) {
-  launch_pixels("partial_channels_split", partial_channels_split_bytes(args, sizeof(T)), partial_channels_split_kernel<T>,
-                args.pixels(), args.C / args.k, args, stream);
+  launch_pixels("partial_channels_split", partial_channels_split_bytes(args, sizeof(T)),
+                partial_channels_split_kernel<T>, args.pixels(), args.C / args.k, args, stream);
 }
 
 template <class T>
 void partial_channels_split_backward(const PartialChannelsArgs& args, Stream stream) {
-  launch_pixels("partial_channels_split_backward", partial_channels_split_backward_bytes(args, sizeof(T)),
-                args.stride == 1 ? partial_channels_split_backward_kernel<T, 1> : partial_channels_split_backward_kernel<T, 2>,
-                args.windows(), args.C, args, stream);
+  launch_pixels(
+      "partial_channels_split_backward", partial_channels_split_backward_bytes(args, sizeof(T)),
+      args.stride == 1 ? partial_channels_split_backward_kernel<T, 1> : partial_channels_split_backward_kernel<T, 2>,
+      args.windows(), args.C, args, stream);
 }
 
 template <class T>
 void partial_channels(const PartialChannelsArgs& args, Stream stream) {
   launch_pixels("partial_channels", partial_channels_bytes(args, sizeof(T)),
-                args.stride == 1 ? partial_channels_kernel<T, 1> : partial_channels_kernel<T, 2>, args.windows(), args.C, args,
-                stream);
+                args.stride == 1 ? partial_channels_kernel<T, 1> : partial_channels_kernel<T, 2>, args.windows(),
+                args.C, args, stream);
 }
 
 template <class T>
@@ -128,10 +130,10 @@ void partial_channels_backward(const PartialChannelsArgs& args, Stream stream) {
                 partial_channels_backward_kernel<T>, args.windows(), args.C / args.k, args, stream);
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                                \
-  template void partial_channels_split<T>(const PartialChannelsArgs&, Stream);                \
-  template void partial_channels_split_backward<T>(const PartialChannelsArgs&, Stream);       \
-  template void partial_channels<T>(const PartialChannelsArgs&, Stream);                      \
+#define FASTNAS_INSTANTIATE(T)                                                          \
+  template void partial_channels_split<T>(const PartialChannelsArgs&, Stream);          \
+  template void partial_channels_split_backward<T>(const PartialChannelsArgs&, Stream); \
+  template void partial_channels<T>(const PartialChannelsArgs&, Stream);                \
   template void partial_channels_backward<T>(const PartialChannelsArgs&, Stream);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

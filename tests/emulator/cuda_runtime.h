@@ -91,9 +91,9 @@ struct Slot {
   alignas(8) unsigned char bytes[8];
 };
 
-inline std::mutex mutex;               // one launch at a time
-inline std::vector<Fiber> fibers;      // the threads of the running block
-inline std::vector<Slot> slots;        // [warp][parity][lane]: values exchanged by shuffles
+inline std::mutex mutex;           // one launch at a time
+inline std::vector<Fiber> fibers;  // the threads of the running block
+inline std::vector<Slot> slots;    // [warp][parity][lane]: values exchanged by shuffles
 inline Fiber* self = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -164,10 +164,12 @@ inline void make_fibers(size_t threads) {
 [[noreturn]] inline void stuck() {
   size_t n[4] = {};
   for (const Fiber& fiber : fibers) ++n[static_cast<size_t>(fiber.state)];
-  const std::string block = std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z);
+  const std::string block =
+      std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z);
   make_fibers(0);
-  throw std::runtime_error("emulator: block (" + block + ") is stuck: " + std::to_string(n[1]) + " threads at __syncthreads, " +
-                           std::to_string(n[2]) + " at a warp primitive, " + std::to_string(n[3]) + " returned");
+  throw std::runtime_error("emulator: block (" + block + ") is stuck: " + std::to_string(n[1]) +
+                           " threads at __syncthreads, " + std::to_string(n[2]) + " at a warp primitive, " +
+                           std::to_string(n[3]) + " returned");
 }
 
 // Opens every barrier whose participants have all arrived; false if nothing could move.
@@ -223,7 +225,8 @@ inline void run_block(std::mt19937* shuffle, std::vector<unsigned>& order) {
     if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
     for (unsigned k : order)
       if (fibers[k].state == State::ready) run(fibers[k]);
-    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::done; })) return;
+    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::done; }))
+      return;
     if (!release()) stuck();
   }
 }

@@ -54,7 +54,8 @@ __global__ void unwritten_kernel(float* out, bool write) {
 // Each lane's own number comes back after a rotation, an exchange of pairs and a broadcast.
 __global__ void shuffle_kernel(int* out) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int next = __shfl_sync(~0u, lane, lane + 1), pair = __shfl_xor_sync(~0u, lane, 1), first = __shfl_sync(~0u, lane, 0);
+  const int next = __shfl_sync(~0u, lane, lane + 1), pair = __shfl_xor_sync(~0u, lane, 1),
+            first = __shfl_sync(~0u, lane, 0);
   __syncwarp();
   out[threadIdx.x] = (next + 31) % 32 + (pair ^ 1) + first - lane;
 }
