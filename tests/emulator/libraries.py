@@ -35,6 +35,7 @@ CXX = os.environ.get("CXX", "g++")
 _FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-psabi"),
+    "-Wno-maybe-uninitialized",  # GCC sees it where a loop always runs
     f"-I{CSRC}",
     *(f"-isystem{p}" for p in (TORCH / "include", sysconfig.get_paths()["include"])),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
