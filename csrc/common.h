@@ -24,8 +24,8 @@
 
 // Registers FUNCTION as the kernel of an op on every device that this library serves.
 #if defined(FASTNAS_CUDA) && !defined(FASTNAS_EMULATED)
-#define FASTNAS_IMPL(NAME, FUNCTION)                                                                \
-  STABLE_TORCH_LIBRARY_IMPL(FASTNAS_OPS, CPU, m) { m.impl(NAME, TORCH_BOX(FUNCTION)); }             \
+#define FASTNAS_IMPL(NAME, FUNCTION)                                                    \
+  STABLE_TORCH_LIBRARY_IMPL(FASTNAS_OPS, CPU, m) { m.impl(NAME, TORCH_BOX(FUNCTION)); } \
   STABLE_TORCH_LIBRARY_IMPL(FASTNAS_OPS, CUDA, m) { m.impl(NAME, TORCH_BOX(FUNCTION)); }
 #else
 #define FASTNAS_IMPL(NAME, FUNCTION) \
@@ -44,8 +44,8 @@
 #endif
 
 // Calls BODY, a generic lambda that takes a value of the tensor's C++ type.
-#define FASTNAS_DISPATCH(DTYPE, NAME, BODY)                                                                  \
-  THO_DISPATCH_V2(DTYPE, NAME, AT_WRAP([&] { (BODY)(scalar_t{}); }), AT_FLOATING_TYPES,                      \
+#define FASTNAS_DISPATCH(DTYPE, NAME, BODY)                                             \
+  THO_DISPATCH_V2(DTYPE, NAME, AT_WRAP([&] { (BODY)(scalar_t{}); }), AT_FLOATING_TYPES, \
                   torch::headeronly::ScalarType::Half, torch::headeronly::ScalarType::BFloat16)
 #define FASTNAS_DISPATCH_FLOAT_DOUBLE(DTYPE, NAME, BODY) \
   THO_DISPATCH_V2(DTYPE, NAME, AT_WRAP([&] { (BODY)(scalar_t{}); }), AT_FLOATING_TYPES)

@@ -11,7 +11,8 @@ MixedOpArgs arguments(const char* op, const Tensor& x, const Tensor& weights, co
                       const std::vector<Tensor>& maps, const std::vector<int64_t>& plan, int64_t stride) {
   STD_TORCH_CHECK(is_channels_last(x), op, ": x must be 4-d and in channels_last memory");
   STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2, got ", stride);
-  STD_TORCH_CHECK(!plan.empty() && plan.size() % kPlanFields == 0, op, ": plan must have ", kPlanFields, " fields a candidate");
+  STD_TORCH_CHECK(!plan.empty() && plan.size() % kPlanFields == 0, op, ": plan must have ", kPlanFields,
+                  " fields a candidate");
   MixedOpArgs a;
   a.N = x.size(0), a.C = x.size(1), a.H = x.size(2), a.W = x.size(3);
   a.stride = static_cast<int>(stride);
@@ -24,28 +25,32 @@ MixedOpArgs arguments(const char* op, const Tensor& x, const Tensor& weights, co
   a.x = x.const_data_ptr();
   a.weights = weights.const_data_ptr();
   auto same = [&](const Tensor& t, const char* what) {
-    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", what, " must have x's dtype and device");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), op, ": ", what,
+                    " must have x's dtype and device");
   };
   size_t param = 0, map = 0;
   for (int o = 0; o < a.candidates; ++o) {
     const int64_t* row = &plan[o * kPlanFields];
     const Kind kind = static_cast<Kind>(row[0]);
-    STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Kind::map), op, ": unknown kind ", row[0], " in plan");
+    STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Kind::map), op, ": unknown kind ", row[0],
+                    " in plan");
     if (kind == Kind::none) continue;
     STD_TORCH_CHECK(a.terms_count < kMaxTerms, op, ": more than ", kMaxTerms, " candidates");
     Term term;
     term.kind = kind, term.weight = o;
     if (kind == Kind::separable) {
       const int64_t kernel = row[2], dilation = row[3];
-      STD_TORCH_CHECK(((kernel == 3 || kernel == 5) && (dilation == 1 || dilation == 2)) || (kernel == 7 && dilation == 1), op,
-                      ": no kernel for a ", kernel, "x", kernel, " depthwise convolution with dilation ", dilation);
+      STD_TORCH_CHECK(
+          ((kernel == 3 || kernel == 5) && (dilation == 1 || dilation == 2)) || (kernel == 7 && dilation == 1), op,
+          ": no kernel for a ", kernel, "x", kernel, " depthwise convolution with dilation ", dilation);
       for (int64_t s = 0; s < row[4]; ++s) {
         STD_TORCH_CHECK(a.stages_count < kMaxStages, op, ": more than ", kMaxStages, " stages");
         STD_TORCH_CHECK(param + 2 <= params.size(), op, ": params has too few tensors for the plan");
         const Tensor &dw = params[param++], &pw = params[param++];
         same(dw, "params"), same(pw, "params");
-        STD_TORCH_CHECK(dw.numel() == a.C * kernel * kernel && pw.numel() == a.C * a.C && dw.is_contiguous() && pw.is_contiguous(), op,
-                        ": params must be contiguous, (C, 1, kernel, kernel) and (C, C, 1, 1), C = ", a.C);
+        STD_TORCH_CHECK(
+            dw.numel() == a.C * kernel * kernel && pw.numel() == a.C * a.C && dw.is_contiguous() && pw.is_contiguous(),
+            op, ": params must be contiguous, (C, 1, kernel, kernel) and (C, C, 1, 1), C = ", a.C);
         Stage stage;
         stage.source = s ? a.stages_count - 1 : -1;
         stage.kernel = static_cast<int>(kernel), stage.dilation = static_cast<int>(dilation);
@@ -64,14 +69,16 @@ MixedOpArgs arguments(const char* op, const Tensor& x, const Tensor& weights, co
         STD_TORCH_CHECK(map < maps.size(), op, ": maps has too few tensors for the plan");
         const Tensor& m = maps[map++];
         same(m, "maps");
-        STD_TORCH_CHECK(is_channels_last(m) && m.size(0) == a.N && m.size(1) == a.C && m.size(2) == a.OH && m.size(3) == a.OW, op,
-                        ": maps must be channels_last of shape (", a.N, ", ", a.C, ", ", a.OH, ", ", a.OW, ")");
+        STD_TORCH_CHECK(
+            is_channels_last(m) && m.size(0) == a.N && m.size(1) == a.C && m.size(2) == a.OH && m.size(3) == a.OW, op,
+            ": maps must be channels_last of shape (", a.N, ", ", a.C, ", ", a.OH, ", ", a.OW, ")");
         term.src = m.const_data_ptr();
       }
     }
     a.terms[a.terms_count++] = term;
   }
-  STD_TORCH_CHECK(param == params.size() && map == maps.size(), op, ": params or maps has more tensors than the plan uses");
+  STD_TORCH_CHECK(param == params.size() && map == maps.size(), op,
+                  ": params or maps has more tensors than the plan uses");
   return a;
 }
 
@@ -106,7 +113,8 @@ void call(const Tensor& x, const MixedOpArgs& a, bool backward) {
   backward ? cuda::mixed_op_backward<T>(a, nullptr) : cuda::mixed_op<T>(a, nullptr);
 #else
 #ifdef FASTNAS_CUDA
-  if (x.is_cuda()) return backward ? cuda::mixed_op_backward<T>(a, current_stream(x)) : cuda::mixed_op<T>(a, current_stream(x));
+  if (x.is_cuda())
+    return backward ? cuda::mixed_op_backward<T>(a, current_stream(x)) : cuda::mixed_op<T>(a, current_stream(x));
 #endif
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>)
     backward ? cpu::mixed_op_backward<T>(a, parallel) : cpu::mixed_op<T>(a, parallel);
@@ -121,7 +129,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> mixed_op(
     const std::vector<int64_t>& plan, int64_t stride, const std::vector<double>& eps, const std::optional<Tensor>& mean,
     const std::optional<Tensor>& invstd) {
   MixedOpArgs a = arguments("mixed_op", x, weights, params, maps, plan, stride);
-  STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == a.norms, "mixed_op: eps must have one entry for each of the ", a.norms, " norms");
+  STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == a.norms, "mixed_op: eps must have one entry for each of the ",
+                  a.norms, " norms");
   STD_TORCH_CHECK(mean.has_value() == invstd.has_value(), "mixed_op: mean and invstd go together");
   OnDevice guard(x);
   a.training = !mean.has_value();
@@ -171,8 +180,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_op_ba
   std::vector<Tensor> grad_params, grad_maps, chain;
   for (int k = 0; k < a.stages_count; ++k) {
     Stage& s = a.stages[k];
-    STD_TORCH_CHECK(is_channels_last(outs[k]) && outs[k].scalar_type() == x.scalar_type() && outs[k].numel() == grad.numel(), op,
-                    ": outs must be channels_last, of the output's shape and dtype");
+    STD_TORCH_CHECK(
+        is_channels_last(outs[k]) && outs[k].scalar_type() == x.scalar_type() && outs[k].numel() == grad.numel(), op,
+        ": outs must be channels_last, of the output's shape and dtype");
     s.out = const_cast<void*>(outs[k].const_data_ptr());
     if (need_params) {
       grad_params.push_back(torch::stable::empty_like(params[2 * k]));
@@ -201,10 +211,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_op_ba
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTNAS_OPS, m) {
   m.def(
-      "mixed_op(Tensor x, Tensor weights, Tensor[] params, Tensor[] maps, int[] plan, int stride, float[] eps, Tensor? mean, "
+      "mixed_op(Tensor x, Tensor weights, Tensor[] params, Tensor[] maps, int[] plan, int stride, float[] eps, Tensor? "
+      "mean, "
       "Tensor? invstd) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)");
   m.def(
-      "_mixed_op_backward(Tensor grad, Tensor x, Tensor weights, Tensor[] params, Tensor[] maps, Tensor[] outs, Tensor mean, "
+      "_mixed_op_backward(Tensor grad, Tensor x, Tensor weights, Tensor[] params, Tensor[] maps, Tensor[] outs, Tensor "
+      "mean, "
       "Tensor invstd, int[] plan, int stride, bool training, bool need_x, bool need_params, bool need_maps) -> "
       "(Tensor, Tensor, Tensor[], Tensor[])");
 }

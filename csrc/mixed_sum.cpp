@@ -5,8 +5,8 @@
 namespace fastnas {
 namespace {
 MixedSumArgs arguments(const std::vector<Tensor>& xs, const Tensor& weights) {
-  STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxSummands, "mixed_sum: expected 1 to ", kMaxSummands, " tensors in xs, got ",
-                  xs.size());
+  STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxSummands, "mixed_sum: expected 1 to ", kMaxSummands,
+                  " tensors in xs, got ", xs.size());
   STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == static_cast<int64_t>(xs.size()),
                   "mixed_sum: weights must have one entry for each of the ", xs.size(), " tensors in xs");
   STD_TORCH_CHECK(weights.scalar_type() == compute_dtype(xs[0]) && weights.is_contiguous(),
@@ -31,8 +31,7 @@ Tensor mixed_sum(const std::vector<Tensor>& xs, const Tensor& weights) {
   Tensor y = torch::stable::empty_like(xs[0]);
   args.y = y.mutable_data_ptr();
   if (args.n == 0) return y;
-  FASTNAS_DISPATCH(y.scalar_type(), "mixed_sum",
-                   [&](auto t) { FASTNAS_CALL(xs[0], mixed_sum<decltype(t)>, args); });
+  FASTNAS_DISPATCH(y.scalar_type(), "mixed_sum", [&](auto t) { FASTNAS_CALL(xs[0], mixed_sum<decltype(t)>, args); });
   return y;
 }
 
@@ -66,7 +65,9 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_backward(const Tensor& grad, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTNAS_OPS, m) {
   m.def("mixed_sum(Tensor[] xs, Tensor weights) -> Tensor");
-  m.def("_mixed_sum_backward(Tensor grad, Tensor[] xs, Tensor weights, bool need_xs, bool need_weights) -> (Tensor[], Tensor)");
+  m.def(
+      "_mixed_sum_backward(Tensor grad, Tensor[] xs, Tensor weights, bool need_xs, bool need_weights) -> (Tensor[], "
+      "Tensor)");
 }
 FASTNAS_IMPL("mixed_sum", &fastnas::mixed_sum)
 FASTNAS_IMPL("_mixed_sum_backward", &fastnas::mixed_sum_backward)

@@ -7,14 +7,14 @@ constexpr int kMaxSummands = 32;
 
 struct MixedSumArgs {
   int count = 0;
-  int64_t n = 0;                          // elements of each tensor
-  const void* xs[kMaxSummands] = {};      // T[n]
-  const void* weights = nullptr;          // compute_t<T>[count]
-  void* y = nullptr;                      // T[n]                      forward
-  const void* grad = nullptr;             // T[n]                      backward
-  void* grad_xs[kMaxSummands] = {};       // T[n] each; null: not wanted
-  void* grad_weights = nullptr;           // compute_t<T>[count]; null: not wanted
-  void* partial = nullptr;                // double[mixed_sum_pieces(n) * count]: scratch of the backward
+  int64_t n = 0;                      // elements of each tensor
+  const void* xs[kMaxSummands] = {};  // T[n]
+  const void* weights = nullptr;      // compute_t<T>[count]
+  void* y = nullptr;                  // T[n]                      forward
+  const void* grad = nullptr;         // T[n]                      backward
+  void* grad_xs[kMaxSummands] = {};   // T[n] each; null: not wanted
+  void* grad_weights = nullptr;       // compute_t<T>[count]; null: not wanted
+  void* partial = nullptr;            // double[mixed_sum_pieces(n) * count]: scratch of the backward
 };
 
 // The backward's reduction is cut into pieces by size alone and combined in order, so its bits never depend on threads.

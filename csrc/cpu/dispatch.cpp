@@ -9,9 +9,10 @@ bool supported(Isa isa) {
 #if FASTNAS_X86
   __builtin_cpu_init();
   if (isa == Isa::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return isa == Isa::plain;
 }
@@ -25,7 +26,8 @@ Isa choose() {
   for (Isa isa : kAll) {
     if (wanted && *wanted && std::string(wanted) != name(isa)) continue;
     if (supported(isa)) return isa;
-    if (wanted && *wanted) throw std::runtime_error("FASTNAS_CPU=" + std::string(wanted) + ": this processor has no " + wanted);
+    if (wanted && *wanted)
+      throw std::runtime_error("FASTNAS_CPU=" + std::string(wanted) + ": this processor has no " + wanted);
   }
   throw std::runtime_error("FASTNAS_CPU=" + std::string(wanted) + ": expected plain, avx2 or avx512");
 }

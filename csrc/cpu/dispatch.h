@@ -1,4 +1,5 @@
-// Which of the compiled instruction sets runs. FASTNAS_CPU=plain|avx2|avx512 forces one; an unsupported one is an error.
+// Which of the compiled instruction sets runs. FASTNAS_CPU=plain|avx2|avx512 forces one; an unsupported one is an
+// error.
 #pragma once
 #include <string>
 #include <vector>
@@ -19,7 +20,7 @@ std::vector<std::string> isa_names();  // those that this machine can run
 
 // Calls FUNCTION in the namespace of the instruction set in use.
 #if FASTNAS_X86
-#define FASTNAS_CPU_CALL(FUNCTION, ...)                                                       \
+#define FASTNAS_CPU_CALL(FUNCTION, ...)                                                                 \
   (::fastnas::cpu::isa() == ::fastnas::cpu::Isa::avx512 ? ::fastnas::cpu::avx512::FUNCTION(__VA_ARGS__) \
    : ::fastnas::cpu::isa() == ::fastnas::cpu::Isa::avx2 ? ::fastnas::cpu::avx2::FUNCTION(__VA_ARGS__)   \
                                                         : ::fastnas::cpu::plain::FUNCTION(__VA_ARGS__))

@@ -10,16 +10,16 @@
 #include "cpu/mixed_op_run.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                          \
-  namespace ISA {                                                     \
-  template <class T>                                                  \
-  void forward_level(const Run<T>&, int, T*, int64_t, int64_t);       \
-  template <class T>                                                  \
-  void forward_sum(const Run<T>&, T*, int64_t, int64_t);              \
-  template <class T>                                                  \
-  void backward_sums(const Run<T>&, T*, int64_t, int64_t);            \
-  template <class T>                                                  \
-  void backward_level(const Run<T>&, int, T*, int64_t, int64_t);      \
+#define FASTNAS_DECLARE(ISA)                                     \
+  namespace ISA {                                                \
+  template <class T>                                             \
+  void forward_level(const Run<T>&, int, T*, int64_t, int64_t);  \
+  template <class T>                                             \
+  void forward_sum(const Run<T>&, T*, int64_t, int64_t);         \
+  template <class T>                                             \
+  void backward_sums(const Run<T>&, T*, int64_t, int64_t);       \
+  template <class T>                                             \
+  void backward_level(const Run<T>&, int, T*, int64_t, int64_t); \
   }
 FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)
@@ -27,7 +27,8 @@ FASTNAS_DECLARE(avx512)
 
 namespace {
 constexpr int64_t kMaxSlots = 32;
-constexpr int64_t kWgradBytes = 2 << 20;  // what the slots' weight gradients may take together, where that leaves 4 slots
+constexpr int64_t kWgradBytes =
+    2 << 20;  // what the slots' weight gradients may take together, where that leaves 4 slots
 
 // Vector-aligned memory that is kept from call to call by each thread.
 template <class T>
@@ -101,7 +102,8 @@ class Driver {
   void forward() {
     if (!args_.training) load_statistics();
     for (int level = 0; level < run.levels; ++level) {
-      each_slot([&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(forward_level<T>, run, level, scratch, b, e); });
+      each_slot(
+          [&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(forward_level<T>, run, level, scratch, b, e); });
       if (!args_.training) continue;
       for (int k = 0; k < args_.stages_count; ++k)
         if (run.level[k] == level) finish_moments(args_.stages[k].norm);
@@ -123,7 +125,8 @@ class Driver {
     for (int t = 0; t < args_.terms_count; ++t) maps |= args_.terms[t].grad != nullptr;
     if (!weights && !maps && !args_.grad_x) return;
     for (int level = run.levels - 1; level >= 0; --level) {
-      each_slot([&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(backward_level<T>, run, level, scratch, b, e); });
+      each_slot(
+          [&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(backward_level<T>, run, level, scratch, b, e); });
       for (int k = 0; k < args_.stages_count; ++k)
         if (run.level[k] == level - 1 && args_.stages[k].grad_norm) finish_chain(k);
     }
@@ -166,7 +169,8 @@ class Driver {
   }
 
   void load_norm(int norm) {
-    const T *mean = static_cast<const T*>(args_.mean) + norm * args_.C, *invstd = static_cast<const T*>(args_.invstd) + norm * args_.C;
+    const T *mean = static_cast<const T*>(args_.mean) + norm * args_.C,
+            *invstd = static_cast<const T*>(args_.invstd) + norm * args_.C;
     std::copy_n(mean, args_.C, run.mean + int64_t(norm) * run.padded);
     std::copy_n(invstd, args_.C, run.invstd + int64_t(norm) * run.padded);
   }
@@ -256,7 +260,8 @@ class Driver {
     parallel_((run.wgrad_size + 4095) / 4096, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * 4096; i < std::min(run.wgrad_size, end * 4096); ++i) {
         double sum = 0;
-        for (int64_t slot = 0; slot < run.slots; ++slot) sum += static_cast<double>(run.wgrad[slot * run.wgrad_size + i]);
+        for (int64_t slot = 0; slot < run.slots; ++slot)
+          sum += static_cast<double>(run.wgrad[slot * run.wgrad_size + i]);
         run.wgrad[i] = static_cast<T>(sum);
       }
     });
@@ -298,8 +303,8 @@ void mixed_op_backward(const MixedOpArgs& args, Parallel parallel) {
   Driver<T>(args, parallel, true).backward();
 }
 
-#define FASTNAS_INSTANTIATE(T)                              \
-  template void mixed_op<T>(const MixedOpArgs&, Parallel);  \
+#define FASTNAS_INSTANTIATE(T)                             \
+  template void mixed_op<T>(const MixedOpArgs&, Parallel); \
   template void mixed_op_backward<T>(const MixedOpArgs&, Parallel);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

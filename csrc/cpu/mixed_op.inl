@@ -36,7 +36,8 @@ FASTNAS_INLINE Vec<T> tree_sum(const Vec<T>* v) {
     return tree_sum<T, P / 2>(v) + tree_sum<T, P - P / 2>(v + P / 2);
 }
 
-// ------------------------------------------------------------------------------------------------ one image into scratch
+// ------------------------------------------------------------------------------------------------ one image into
+// scratch
 
 // ReLU of an image, or of its normalised values where mean is given, into the interior of a padded map.
 template <class T>
@@ -88,7 +89,8 @@ void depthwise_row(const Grid& in, const T* r, int block, int oy, int width, con
 
 // Stride 1: row y of d/d(input) gathers from the padded output gradient; the weight's gradient takes the same reads.
 template <class T, int K, int D>
-void depthwise_backward_row(const Grid& grid, const T* du, const T* r, int block, int y, const T* weight, T* dr, T* dw) {
+void depthwise_backward_row(const Grid& grid, const T* du, const T* r, int block, int y, const T* weight, T* dr,
+                            T* dw) {
   constexpr int V = kLanes<T>, half = (K - 1) / 2;
   const T* rrow = r + grid.at(block, y, 0);
   T* drow = dr + grid.at(block, y, 0);
@@ -221,7 +223,8 @@ struct Moments {
   }
 };
 
-// Adds an image's moments (of `pixels` values a channel) to the slot's, which cover `images` images so far (Chan et al.).
+// Adds an image's moments (of `pixels` values a channel) to the slot's, which cover `images` images so far (Chan et
+// al.).
 template <class T>
 void merge_image(const Moments<T>& m, int padded, double pixels, double images, double* mean, double* deviation) {
   const double share = 1 / (images + 1), cross = pixels * images * share, inverse = 1 / pixels;
@@ -245,7 +248,8 @@ FASTNAS_INLINE void add_strip(const Vec<T>* v, bool first, Vec<T>& shift, Vec<T>
 
 // Adds `n` vectors of one block, `step` elements apart, to the moments.
 template <class T>
-FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int64_t step, int channels, int n, bool first) {
+FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int64_t step, int channels, int n,
+                                bool first) {
   constexpr int V = kLanes<T>;
   Vec<T> shift = load(m.shift + block * V), s1 = load(m.s1 + block * V), s2 = load(m.s2 + block * V);
   strips(n, [&](auto strip, int x) {
@@ -262,8 +266,8 @@ FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int6
 
 template <class T>
 struct PoolRows {
-  T *vmax, *vsum;    // [W + 2][V]: over the rows of the window, with a column of padding on each side
-  T *max, *avg;      // [OW][V]: the pooled row
+  T *vmax, *vsum;  // [W + 2][V]: over the rows of the window, with a column of padding on each side
+  T *max, *avg;    // [OW][V]: the pooled row
 };
 
 template <class T>
@@ -309,7 +313,8 @@ void stage_forward(const Run<T>& run, int stage, const T* r, T* u, T* out, const
     const int rows = y0 + run.group < OH ? run.group : OH - y0;
     for (int b = 0; b < run.blocks; ++b)
       for (int y = 0; y < rows; ++y)
-        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V, u + b * step + int64_t(y) * OW * V);
+        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V,
+                                  u + b * step + int64_t(y) * OW * V);
     for (int bo = 0; bo < run.blocks; ++bo) {
       const int n = run.channels(bo);
       const T* w = run.pointwise[stage] + int64_t(bo) * run.blocks * V * V;
@@ -334,8 +339,8 @@ void stage_forward(const Run<T>& run, int stage, const T* r, T* u, T* out, const
 
 // Adds one image's share of the stage's gradients: dr += d/d(activated input), the packed weights' into wgrad.
 template <class T, int K, int D, int S>
-void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, const T* z, const T* mean, const T* coef, T* u,
-                    T* dz, T* du, T* dr, T* wgrad) {
+void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, const T* z, const T* mean, const T* coef,
+                    T* u, T* dz, T* du, T* dr, T* wgrad) {
   constexpr int V = kLanes<T>;
   const MixedOpArgs& a = *run.args;
   const Grid in = run.source_grid(stage), out = run.out_grid();
@@ -347,7 +352,8 @@ void stage_backward(const Run<T>& run, int stage, const T* r, const T* grad, con
     const int rows = y0 + run.group < OH ? run.group : OH - y0, n = rows * OW;
     for (int b = 0; b < run.blocks; ++b) {
       for (int y = 0; want && y < rows; ++y)  // only the pointwise weights' gradient reads it
-        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V, u + b * step + int64_t(y) * OW * V);
+        depthwise_row<T, K, D, S>(in, r, b, y0 + y, OW, dw + int64_t(b) * K * K * V,
+                                  u + b * step + int64_t(y) * OW * V);
       const Vec<T> A = load(coef + b * V), B = load(coef + run.padded + b * V), E = load(coef + 2 * run.padded + b * V);
       const Vec<T> m = load(mean + b * V);
       const int channels = run.channels(b);
@@ -499,7 +505,8 @@ struct RowTerm {
 };
 
 template <class T>
-FASTNAS_INLINE void row_terms(const Run<T>& run, int64_t image, int y, int b, const PoolRows<T>& rows, RowTerm<T>* out) {
+FASTNAS_INLINE void row_terms(const Run<T>& run, int64_t image, int y, int b, const PoolRows<T>& rows,
+                              RowTerm<T>* out) {
   constexpr int V = kLanes<T>;
   const MixedOpArgs& a = *run.args;
   const int64_t at = image * run.out_image() + y * a.OW * a.C + b * V;
@@ -507,11 +514,20 @@ FASTNAS_INLINE void row_terms(const Run<T>& run, int64_t image, int y, int b, co
   for (int t = 0; t < a.terms_count; ++t) {
     const Term& term = a.terms[t];
     switch (term.kind) {
-      case Kind::max_pool: out[t] = {rows.max, V}; break;
-      case Kind::avg_pool: out[t] = {rows.avg, V}; break;
-      case Kind::skip: out[t] = {static_cast<const T*>(a.x) + at, a.C}; break;
-      case Kind::separable: out[t] = {static_cast<const T*>(a.stages[term.stage].out) + at, a.C}; break;
-      default: out[t] = {static_cast<const T*>(term.src) + at, a.C};
+      case Kind::max_pool:
+        out[t] = {rows.max, V};
+        break;
+      case Kind::avg_pool:
+        out[t] = {rows.avg, V};
+        break;
+      case Kind::skip:
+        out[t] = {static_cast<const T*>(a.x) + at, a.C};
+        break;
+      case Kind::separable:
+        out[t] = {static_cast<const T*>(a.stages[term.stage].out) + at, a.C};
+        break;
+      default:
+        out[t] = {static_cast<const T*>(term.src) + at, a.C};
     }
   }
 }
@@ -708,7 +724,8 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
         const T *mean0 = source ? run.mean + source->norm * run.padded : nullptr,
                 *invstd0 = source ? run.invstd + source->norm * run.padded : nullptr;
         if (source || !staged) {
-          load_activated<T>(run, grid, source ? z0 : static_cast<const T*>(a.x) + i * run.in_image(), mean0, invstd0, s.r);
+          load_activated<T>(run, grid, source ? z0 : static_cast<const T*>(a.x) + i * run.in_image(), mean0, invstd0,
+                            s.r);
           clear(s.dr, grid.block() * run.blocks);
         }
         staged = true;
@@ -747,7 +764,8 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
         const T *z = static_cast<const T*>(term.src) + i * run.out_image(),
                 *g = static_cast<const T*>(a.grad) + i * run.out_image();
         T* out = static_cast<T*>(term.grad) + i * run.out_image();
-        const bool batch = a.training && term.norm >= 0;  // else the gradient must not see values, which may be infinite
+        const bool batch =
+            a.training && term.norm >= 0;  // else the gradient must not see values, which may be infinite
         for (int b = 0; b < run.blocks; ++b) {
           const int n = run.channels(b);
           const T* coef = run.coef + int64_t(a.stages_count + t) * 3 * run.padded + b * V;
@@ -765,10 +783,10 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                                \
-  template void forward_level<T>(const Run<T>&, int, T*, int64_t, int64_t);                   \
-  template void forward_sum<T>(const Run<T>&, T*, int64_t, int64_t);                          \
-  template void backward_sums<T>(const Run<T>&, T*, int64_t, int64_t);                        \
+#define FASTNAS_INSTANTIATE(T)                                              \
+  template void forward_level<T>(const Run<T>&, int, T*, int64_t, int64_t); \
+  template void forward_sum<T>(const Run<T>&, T*, int64_t, int64_t);        \
+  template void backward_sums<T>(const Run<T>&, T*, int64_t, int64_t);      \
   template void backward_level<T>(const Run<T>&, int, T*, int64_t, int64_t);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -23,9 +23,9 @@ struct Run {
   const MixedOpArgs* args;
   int lanes, blocks, tail, padded;  // channels: blocks of lanes, the last one `tail` wide, padded = blocks * lanes
   int halo, slots;
-  int group;                        // output rows that are taken through depthwise and pointwise together
-  bool pools;                       // some term is a pool
-  int level[kMaxStages];            // how many stages come before this one
+  int group;              // output rows that are taken through depthwise and pointwise together
+  bool pools;             // some term is a pool
+  int level[kMaxStages];  // how many stages come before this one
   int levels;
 
   // Packed weights by stage: depthwise [block][tap][lane]; pointwise [out block][in block][in lane][out lane], and
@@ -37,13 +37,13 @@ struct Run {
   T *mean, *invstd;  // [norm][padded]
   double* moments;   // [slot][norm][2][padded]: mean and sum of squared deviations over the slot's images
 
-  T* scale;          // [term][padded]: weight * invstd, or weight
-  T* shift;          // [term][padded]: mean, or 0
+  T* scale;  // [term][padded]: weight * invstd, or weight
+  T* shift;  // [term][padded]: mean, or 0
 
-  double* sums;      // [slot][1 + terms][padded]: sum g, then sum g * (src - mean) of each term
-  double* chain;     // [slot][stage][2][padded]: sum d, sum d * (z - mean), d = d/d(normalised output of the stage)
-  T* coef;           // [stages + terms][3][padded]: d/d(src) = A * (g + B * (src - mean) + C)
-  T* wgrad;          // [slot][wgrad_size]: gradients of the packed weights
+  double* sums;   // [slot][1 + terms][padded]: sum g, then sum g * (src - mean) of each term
+  double* chain;  // [slot][stage][2][padded]: sum d, sum d * (z - mean), d = d/d(normalised output of the stage)
+  T* coef;        // [stages + terms][3][padded]: d/d(src) = A * (g + B * (src - mean) + C)
+  T* wgrad;       // [slot][wgrad_size]: gradients of the packed weights
   int64_t wgrad_size, wgrad_depthwise[kMaxStages], wgrad_pointwise[kMaxStages];
 
   int64_t first_image(int64_t slot) const { return slot * args->N / slots; }

@@ -7,11 +7,11 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                                  \
-  namespace ISA {                                                             \
-  template <class T>                                                          \
-  void mixed_sum_range(const MixedSumArgs&, int64_t, int64_t);                \
-  template <class T>                                                          \
+#define FASTNAS_DECLARE(ISA)                                                     \
+  namespace ISA {                                                                \
+  template <class T>                                                             \
+  void mixed_sum_range(const MixedSumArgs&, int64_t, int64_t);                   \
+  template <class T>                                                             \
   void mixed_sum_backward_piece(const MixedSumArgs&, int64_t, int64_t, double*); \
   }
 FASTNAS_DECLARE(plain)
@@ -34,8 +34,8 @@ void mixed_sum_backward(const MixedSumArgs& args, Parallel parallel) {
   double* partial = args.grad_weights ? static_cast<double*>(args.partial) : nullptr;
   parallel(pieces, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      FASTNAS_CPU_CALL(mixed_sum_backward_piece<T>, args, p * kMixedSumPiece, std::min(args.n, (p + 1) * kMixedSumPiece),
-                       partial ? partial + p * args.count : nullptr);
+      FASTNAS_CPU_CALL(mixed_sum_backward_piece<T>, args, p * kMixedSumPiece,
+                       std::min(args.n, (p + 1) * kMixedSumPiece), partial ? partial + p * args.count : nullptr);
   });
   if (!partial) return;
   for (int k = 0; k < args.count; ++k) {
@@ -45,8 +45,8 @@ void mixed_sum_backward(const MixedSumArgs& args, Parallel parallel) {
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                    \
-  template void mixed_sum<T>(const MixedSumArgs&, Parallel);      \
+#define FASTNAS_INSTANTIATE(T)                               \
+  template void mixed_sum<T>(const MixedSumArgs&, Parallel); \
   template void mixed_sum_backward<T>(const MixedSumArgs&, Parallel);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -51,8 +51,8 @@ void mixed_sum_backward_piece(const MixedSumArgs& a, int64_t begin, int64_t end,
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                       \
-  template void mixed_sum_range<T>(const MixedSumArgs&, int64_t, int64_t);           \
+#define FASTNAS_INSTANTIATE(T)                                             \
+  template void mixed_sum_range<T>(const MixedSumArgs&, int64_t, int64_t); \
   template void mixed_sum_backward_piece<T>(const MixedSumArgs&, int64_t, int64_t, double*);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)
