@@ -284,7 +284,7 @@ class Driver {
   std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;
 };
 
-// Maps read and written, by hand: see docs/performance.md.
+// Bytes that must move, by hand: x and each stage output once in and once out, and the result.
 template <class T>
 int64_t map_bytes(const MixedOpArgs& a, int64_t in_maps, int64_t out_maps) {
   return static_cast<int64_t>(sizeof(T)) * a.N * a.C * (in_maps * a.H * a.W + out_maps * a.OH * a.OW);
