@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 DEMO ?= runs/demo
 DEMO_ARGS ?= --epochs 5
 BENCH_ARGS ?= --compile ops
@@ -26,7 +26,7 @@ $(DEMO)/.done: $(VENV)/.built
 	@touch $@
 
 test: build ## the tests; more options for pytest in PYTEST_ARGS
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: build ## the benchmarks: a table, and benchmarks/results/<version>/<machine>.json; options in BENCH_ARGS
 	result=$$($(BIN)/python -m benchmarks.facts) && mkdir -p "$$(dirname "$$result")" && \
