@@ -47,8 +47,6 @@
 #define FASTNAS_DISPATCH(DTYPE, NAME, BODY)                                             \
   THO_DISPATCH_V2(DTYPE, NAME, AT_WRAP([&] { (BODY)(scalar_t{}); }), AT_FLOATING_TYPES, \
                   torch::headeronly::ScalarType::Half, torch::headeronly::ScalarType::BFloat16)
-#define FASTNAS_DISPATCH_FLOAT_DOUBLE(DTYPE, NAME, BODY) \
-  THO_DISPATCH_V2(DTYPE, NAME, AT_WRAP([&] { (BODY)(scalar_t{}); }), AT_FLOATING_TYPES)
 
 #if defined(FASTNAS_CUDA) && !defined(FASTNAS_EMULATED)
 // Weak: the library also loads on a torch without CUDA.

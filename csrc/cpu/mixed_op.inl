@@ -36,9 +36,6 @@ FASTNAS_INLINE Vec<T> tree_sum(const Vec<T>* v) {
     return tree_sum<T, P / 2>(v) + tree_sum<T, P - P / 2>(v + P / 2);
 }
 
-// ------------------------------------------------------------------------------------------------ one image into
-// scratch
-
 // ReLU of an image, or of its normalised values where mean is given, into the interior of a padded map.
 template <class T>
 void load_activated(const Run<T>& run, const Grid& grid, const T* image, const T* mean, const T* invstd, T* out) {
@@ -57,8 +54,6 @@ void load_activated(const Run<T>& run, const Grid& grid, const T* image, const T
     }
   }
 }
-
-// ------------------------------------------------------------------------------------------------ depthwise
 
 // One output row of one channel block, from a padded map; rows of taps that lie in the halo are skipped.
 template <class T, int K, int D, int S>
@@ -159,8 +154,6 @@ void depthwise_backward_row_strided(const Grid& in, const Grid& out, const T* du
   }
 }
 
-// ------------------------------------------------------------------------------------------------ pointwise
-
 // acc[p] = sum over input channels of u[block][p][lane] * w[block][lane][V]; blocks of u are `step` elements apart.
 template <class T, int P>
 FASTNAS_INLINE void pointwise(const T* u, int64_t step, const T* w, int blocks, int tail, Vec<T>* acc) {
@@ -205,8 +198,6 @@ void pointwise_weight_gradient(const T* u, const T* g, int64_t step, int n, int 
         columns(std::integral_constant<int, (V >= 8 ? V / 4 : 1)>{});
     }
 }
-
-// ------------------------------------------------------------------------------------------------ moments
 
 // Sums of one image's values and squares around its first pixels' mean: safe where |mean| is far above the deviation.
 template <class T>
@@ -262,8 +253,6 @@ FASTNAS_INLINE void add_moments(const Moments<T>& m, int block, const T* p, int6
   store(m.shift + block * V, shift), store(m.s1 + block * V, s1), store(m.s2 + block * V, s2);
 }
 
-// ------------------------------------------------------------------------------------------------ pools
-
 template <class T>
 struct PoolRows {
   T *vmax, *vsum;  // [W + 2][V]: over the rows of the window, with a column of padding on each side
@@ -298,8 +287,6 @@ void pool_row(const Run<T>& run, const T* image, int block, int oy, const PoolRo
           (load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V)) / splat(inside));
   }
 }
-
-// ------------------------------------------------------------------------------------------------ stages
 
 template <class T, int K, int D, int S>
 void stage_forward(const Run<T>& run, int stage, const T* r, T* u, T* out, const Moments<T>* moments) {
@@ -408,8 +395,6 @@ FASTNAS_INLINE void with_shape(const Stage& s, F&& f) {
     stride(std::integral_constant<int, 7>{}, One{});
 }
 
-// ------------------------------------------------------------------------------------------------ scratch of a thread
-
 template <class T>
 struct Scratch {
   T *r, *du, *dr, *u, *dz;
@@ -437,8 +422,6 @@ template <class T>
 FASTNAS_INLINE void clear(T* p, int64_t n) {
   __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof(T));
 }
-
-// ------------------------------------------------------------------------------------------------ phases, over slots
 
 // Stages of one level: their outputs and moments. Level 0 also takes the moments of pools and of outside maps.
 template <class T>
@@ -609,11 +592,11 @@ void backward_sums(const Run<T>& run, T* scratch, int64_t begin, int64_t end) {
 }
 
 // The pools' and the skip's gradient, added to the stages', into grad_x.
-template <class T>
+template <class T, int S>
 void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool staged) {
   constexpr int V = kLanes<T>;
   const MixedOpArgs& a = *run.args;
-  const int H = int(a.H), W = int(a.W), OH = int(a.OH), OW = int(a.OW), S = a.stride;
+  const int H = int(a.H), W = int(a.W), OH = int(a.OH), OW = int(a.OW);
   const Grid grid = run.in_grid(), pool = run.pool_grid();
   const T* x = static_cast<const T*>(a.x) + image * run.in_image();
   const T* grad = static_cast<const T*>(a.grad) + image * run.out_image();
@@ -675,25 +658,12 @@ void input_gradient(const Run<T>& run, const Scratch<T>& s, int64_t image, bool 
           acc += load(s.r + grid.at(b, y, ix)) <= zero<T>() ? zero<T>() : d;
         }
         if (run.pools) {
-          auto tap = [&](int ky, int kx) FASTNAS_LAMBDA_INLINE {  // the window whose tap (ky, kx) is this pixel
-            const int64_t from = pool.at(0, (y + 1 - ky) / S, (ix + 1 - kx) / S);
-            acc += load(s.gavg + from);
-            acc += load(s.index + from) == splat(T(ky * 3 + kx)) ? load(s.gmax + from) : zero<T>();
-          };
-          if (S == 1) {
-            const int64_t centre = pool.at(0, y, ix);
-#pragma GCC unroll 3
-            for (int ky = 0; ky < 3; ++ky)
-#pragma GCC unroll 3
-              for (int kx = 0; kx < 3; ++kx) {
-                const int64_t from = centre + (1 - ky) * pool.row() + (1 - kx) * V;
-                acc += load(s.gavg + from);
-                acc += load(s.index + from) == splat(T(ky * 3 + kx)) ? load(s.gmax + from) : zero<T>();
-              }
-          } else {
-            for (int ky = (y + 1) % 2; ky < 3; ky += 2)
-              for (int kx = (ix + 1) % 2; kx < 3; kx += 2) tap(ky, kx);
-          }
+          for (int ky = (y + 1) % S; ky < 3; ky += S)  // the windows whose tap (ky, kx) is this pixel
+            for (int kx = (ix + 1) % S; kx < 3; kx += S) {
+              const int64_t from = pool.at(0, (y + 1 - ky) / S, (ix + 1 - kx) / S);
+              acc += load(s.gavg + from);
+              acc += load(s.index + from) == splat(T(ky * 3 + kx)) ? load(s.gmax + from) : zero<T>();
+            }
         }
         store_n(out + at, acc, n);
       }
@@ -757,7 +727,7 @@ void backward_level(const Run<T>& run, int level, T* scratch, int64_t begin, int
         }
       }
       if (level > 0) continue;
-      if (a.grad_x) input_gradient(run, s, i, staged);
+      if (a.grad_x) a.stride == 1 ? input_gradient<T, 1>(run, s, i, staged) : input_gradient<T, 2>(run, s, i, staged);
       for (int t = 0; t < a.terms_count; ++t) {
         const Term& term = a.terms[t];
         if (term.kind != Kind::map || !term.grad) continue;

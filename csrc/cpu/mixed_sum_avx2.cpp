@@ -1,16 +1,10 @@
 #include "cpu/isa.h"
 #include "mixed_sum.h"
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define FASTNAS_VECTOR_BYTES 32
+#include "cpu/begin_avx2.h"
 namespace fastnas::cpu::avx2 {
 #include "cpu/simd.h"
+
 #include "cpu/mixed_sum.inl"
 }  // namespace fastnas::cpu::avx2
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+#include "cpu/end_target.h"

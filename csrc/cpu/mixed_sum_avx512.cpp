@@ -1,17 +1,10 @@
 #include "cpu/isa.h"
 #include "mixed_sum.h"
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
-#endif
-#define FASTNAS_VECTOR_BYTES 64
+#include "cpu/begin_avx512.h"
 namespace fastnas::cpu::avx512 {
 #include "cpu/simd.h"
+
 #include "cpu/mixed_sum.inl"
 }  // namespace fastnas::cpu::avx512
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+#include "cpu/end_target.h"
