@@ -503,12 +503,10 @@ void dense_backward(const Run<T>& run, int stage, const T* r, const Pixels<T>& g
         strips(in.w, [&](auto strip, int x) {
           constexpr int P = decltype(strip)::value;
           T* q = dr + in.at(bi, y, x);
-          Vec<T> acc[P];
-#pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) acc[p] = load(q + int64_t(p) * V);
+          Vec<T> acc[P] = {};
           dense<T, K, 1, P, -1>(out, dz + out.at(0, y + pad, x + pad), w, B, run.tail, acc);
 #pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) store(q + int64_t(p) * V, acc[p]);
+          for (int p = 0; p < P; ++p) store(q + int64_t(p) * V, load(q + int64_t(p) * V) + acc[p]);
         });
     } else {
       for (int y = 0; y < OH; ++y)  // scattered; what falls on the halo is dropped
