@@ -5,4 +5,12 @@ from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import Bypass, partial_channels, partial_channels_split
 from fastnas.ops.relu_pointwise import relu_pointwise
 
-__all__ = ["Bypass", "Candidate", "mixed_op", "mixed_sum", "partial_channels", "partial_channels_split", "relu_pointwise"]
+__all__ = [
+    "Bypass",
+    "Candidate",
+    "mixed_op",
+    "mixed_sum",
+    "partial_channels",
+    "partial_channels_split",
+    "relu_pointwise",
+]

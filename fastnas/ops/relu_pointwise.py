@@ -22,7 +22,9 @@ from fastnas.ops import _common
 def relu_pointwise_reference(x: Tensor, weights: Sequence[Tensor], stride: int = 1) -> Tensor:
     """Returns what :func:`relu_pointwise` does, in plain PyTorch."""
     x = F.relu(x)
-    return torch.cat([F.conv2d(x[:, :, g:, g:] if stride == 2 else x, w, None, stride) for g, w in enumerate(weights)], 1)
+    return torch.cat(
+        [F.conv2d(x[:, :, g:, g:] if stride == 2 else x, w, None, stride) for g, w in enumerate(weights)], 1
+    )
 
 
 class _ReluPointwise(torch.autograd.Function):
@@ -43,9 +45,7 @@ class _ReluPointwise(torch.autograd.Function):
         return None, None, grad_x if need_x else None, *(grad_weights if need_weights else (None,) * len(weights))
 
 
-def relu_pointwise(
-    x: Tensor, weights: Sequence[Tensor], stride: int = 1, *, backend: Backend | None = None
-) -> Tensor:
+def relu_pointwise(x: Tensor, weights: Sequence[Tensor], stride: int = 1, *, backend: Backend | None = None) -> Tensor:
     """Returns the concatenation over g of ``weights[g]`` applied to every pixel of relu(x).
 
     With stride 2, output pixel (i, j) of ``weights[g]`` reads input pixel (2 i + g, 2 j + g). The result is in
