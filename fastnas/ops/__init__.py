@@ -4,6 +4,7 @@ from fastnas.ops.mixed_cell import CellEdge, mixed_cell
 from fastnas.ops.mixed_op import Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import Bypass, partial_channels, partial_channels_split
+from fastnas.ops.relu_pointwise import relu_pointwise
 
 __all__ = [
     "Bypass",
@@ -14,4 +15,5 @@ __all__ = [
     "mixed_sum",
     "partial_channels",
     "partial_channels_split",
+    "relu_pointwise",
 ]
