@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
-from benchmarks import build, measure, plain, test_supernet  # noqa: E402
+from benchmarks import measure, plain, supernets  # noqa: E402
 from benchmarks.measure import MIB, Variant  # noqa: E402
 from fastnas.nn import MixedOp, NASBench201Supernet, Supernet  # noqa: E402
 
@@ -143,20 +143,10 @@ def test_equal_parts_of_a_supernet_share_a_compiled_graph(
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
-    space = test_supernet.SPACES[name]
-    loss = test_supernet.Loss(space.sides[1](8, 3, **({"k": 4} if name == "PC-DARTS" else {})), space.relax)
-    alphas = {what: torch.zeros(shape, requires_grad=True) for what, shape in space.alphas.items()}
-    variant = build.variant(
-        loss,
-        loss.state_dict(),
-        "compiled channels_last",
-        torch.float32,
-        "cpu",
-        arguments=(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), alphas),
-        inputs={},
-        parameters=alphas,
-        grad=torch.ones(()),
-        compile_parts=lambda loss: [m for m in loss.modules() if isinstance(m, space.region)],
+    variant = supernets.loss_on_a_batch(
+        *(supernets.SPACES[name], "compiled channels_last", torch.float32, "cpu"),
+        **{"batch": 2, "channels": 8, "cells": 3, "size": 16},
+        theirs={"k": 4} if name == "PC-DARTS" else {},
     )
     variant.step()
     variant.step()
