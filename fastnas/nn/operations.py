@@ -1,4 +1,4 @@
-"""The candidate operations of DARTS' convolutional space (arXiv:1806.09055, section 3.1) and their registry.
+"""The candidate operations of DARTS' (arXiv:1806.09055, section 3.1) and NAS-Bench-201's spaces and their registry.
 
 Attributes and indices are named as in the published code, so that its checkpoints load with ``strict=True``. An
 operation of your own registers itself::
@@ -259,3 +259,13 @@ def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
         nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
         nn.BatchNorm2d(C, affine=affine),
     )
+
+
+@primitive("nor_conv_1x1")
+def _nor_conv_1x1(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 1, stride, 0, affine)
+
+
+@primitive("nor_conv_3x3")
+def _nor_conv_3x3(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 3, stride, 1, affine)

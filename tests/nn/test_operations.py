@@ -25,7 +25,7 @@ def test_primitives_are_in_the_published_order():
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("name", ["sep_conv_7x7", "conv_7x1_1x7", *PRIMITIVES])
+@pytest.mark.parametrize("name", ["sep_conv_7x7", "conv_7x1_1x7", "nor_conv_1x1", "nor_conv_3x3", *PRIMITIVES])
 def test_shapes_and_affine(name, stride, affine):
     op = OPS[name](4, stride, affine)
     assert op(torch.randn(2, 4, 8, 6)).shape == (2, 4, 8 // stride, 6 // stride)
