@@ -64,7 +64,7 @@ Tensor workspace([[maybe_unused]] ReluPointwiseArgs& a, const Tensor& x) {
 Tensor relu_pointwise(const Tensor& x, const std::vector<Tensor>& weights, int64_t stride) {
   ReluPointwiseArgs a = arguments("relu_pointwise", x, weights, stride);
   OnDevice guard(x);
-  Tensor z = empty_channels_last({a.N, a.channels, a.H / stride, a.W / stride}, x);
+  Tensor z = empty_map({a.N, a.channels, a.H / stride, a.W / stride}, x);
   a.z = z.mutable_data_ptr();
   FASTNAS_DISPATCH(x.scalar_type(), "relu_pointwise", [&](auto t) { call<decltype(t)>(x, a, false); });
   return z;
@@ -81,7 +81,7 @@ std::tuple<Tensor, std::vector<Tensor>> relu_pointwise_backward(const Tensor& gr
                   op, ": grad must have the output's shape, dtype and device, in channels_last memory");
   OnDevice guard(x);
   a.grad = grad.const_data_ptr();
-  Tensor grad_x = need_x ? empty_channels_last({a.N, a.in, a.H, a.W}, x) : empty({0}, x.scalar_type(), x);
+  Tensor grad_x = need_x ? empty_map({a.N, a.in, a.H, a.W}, x) : empty({0}, x.scalar_type(), x);
   if (need_x) a.grad_x = grad_x.mutable_data_ptr();
   std::vector<Tensor> grad_weights;
   for (int g = 0; need_weights && g < a.groups; ++g) {

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastnas import _library
-from fastnas.ops.mixed_op import Candidate, mixed_op
+from fastnas.ops.mixed_op import Candidate, MixedOpResult, mixed_op
+
+
+def hooks_of(m: nn.Module) -> tuple[dict[int, Callable[..., object]], ...]:
+    """Returns the module's hooks by kind; the dicts live as long as the module."""
+    d = m.__dict__
+    return d["_forward_hooks"], d["_forward_pre_hooks"], d["_backward_hooks"], d["_backward_pre_hooks"]
 
 
 def special(m: nn.Module) -> bool:
     """Tells whether calling the module does more than its class says: it has hooks, or a forward of its own."""
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in m.__dict__
+    return any(hooks_of(m)) or "forward" in m.__dict__
 
 
 def foldable(norm: nn.Module, training: bool) -> bool:
@@ -60,22 +65,35 @@ def update_statistics(norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], 
                 buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
 
 
+def update_tracked(norms: Sequence[nn.BatchNorm2d], result: MixedOpResult) -> None:
+    """Updates the running statistics of those norms that keep them from a fused op's result, one row a norm."""
+    rows = [i for i, n in enumerate(norms) if tracks(n)]
+    if not rows:
+        return
+    assert result.mean is not None
+    assert result.variance is not None
+    means, variances = result.mean.unbind(0), result.variance.unbind(0)
+    update_statistics([norms[i] for i in rows], [means[i] for i in rows], [variances[i] for i in rows])
+
+
+def given_statistics(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
+    """Returns the running means and variances of norms that keep them, one row a norm."""
+    means = [n.running_mean for n in norms if n.running_mean is not None]
+    variances = [n.running_var for n in norms if n.running_var is not None]
+    return torch.stack(means), torch.stack(variances)
+
+
 def normalise(norm: nn.Module, z: Tensor) -> Tensor:
     """Returns ``norm(z)``, from the native op where the norm is a plain one without parameters."""
     plain = not special(norm) and foldable(norm, norm.training) and norm.num_features == z.shape[1]
     if not plain or z.dim() != 4 or z.numel() == 0 or _library.namespace(None, z) is None:
         return norm(z)  # type: ignore[no-any-return]
     assert isinstance(norm, nn.BatchNorm2d)
-    statistics = None
-    if not norm.training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        statistics = (norm.running_mean[None], norm.running_var[None])
     result = mixed_op(
-        *(z.detach(), z.new_ones(1), (Candidate("map", norm=True),)), maps=[z], eps=norm.eps, statistics=statistics
+        *(z.detach(), z.new_ones(1), (Candidate("map", norm=True),)),
+        maps=[z],
+        eps=norm.eps,
+        statistics=None if norm.training else given_statistics([norm]),
     )
-    if tracks(norm):
-        assert result.mean is not None
-        assert result.variance is not None
-        update_statistics([norm], result.mean.unbind(0), result.variance.unbind(0))
+    update_tracked([norm], result)
     return result.y

@@ -11,10 +11,10 @@ from typing import Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fastnas.nn.batch_norm import foldable, special, tracks, update_statistics
+from fastnas.nn.batch_norm import foldable, given_statistics, hooks_of, special, update_tracked
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 from fastnas.nn.widen import widen
-from fastnas.ops.mixed_op import SEPARABLE, Candidate, mixed_op
+from fastnas.ops.mixed_op import CONV, SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import partial_channels, partial_channels_split
 
@@ -80,7 +80,7 @@ class MixedOp(nn.Module):
         self._ops = nn.ModuleList(ops)
         if not len(self._ops):
             raise ValueError("a MixedOp needs at least one candidate")
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
         """Returns ``sum_o weights[o] * op_o(x)``, shape (N, C, ceil(H / stride), ceil(W / stride)).
@@ -127,10 +127,13 @@ class MixedOp(nn.Module):
     def _sum(self, x: Tensor, weights: Tensor) -> Tensor:
         if x.dim() != 4:
             return _sum_apart([op(x) for op in self._ops], weights)
-        plan = self._plan
-        if plan is None or not plan.holds(self):
-            plan = self._plan = _Plan(self)
-        return plan.run(x, weights)
+        return self.described().run(x, weights)
+
+    def described(self) -> Plan:
+        """Returns what the candidates are now; the same object while they stay so."""
+        if self._plan is None or not self._plan.holds(self):
+            self._plan = Plan(self)
+        return self._plan
 
 
 def _build(name: str, C: int, stride: int) -> nn.Module:
@@ -153,11 +156,11 @@ class _Entry:
 
     candidate: Candidate
     norms: tuple[nn.BatchNorm2d, ...] = ()
-    convs: tuple[nn.Conv2d, ...] = ()  # of a separable candidate: depthwise, pointwise of each stage
+    convs: tuple[nn.Conv2d, ...] = ()  # of a convolutional candidate: depthwise and pointwise, or dense, of each stage
     head: Callable[[Tensor], Tensor] | None = None  # of a map: all before its norm
 
 
-class _Plan:
+class Plan:
     """What a MixedOp's candidates are, found once and kept while they stay what they are."""
 
     def __init__(self, owner: MixedOp) -> None:
@@ -169,21 +172,23 @@ class _Plan:
         self.convs = [c for e in self.entries for c in e.convs]
         self.heads = [e.head for e in self.entries if e.head is not None]
         self.eps = [n.eps for n in self.norms]
-        self.tracked = [n for n in self.norms if tracks(n)]
-        self.rows = [i for i, n in enumerate(self.norms) if n in self.tracked]
         self.ops = owner._ops
         self.inside = list(owner._ops.modules())
         self.facts = [_facts(m) for m in self.inside]
+        self.hooks = [hooks for m in self.inside for hooks in hooks_of(m)]
+        self.hooked = [bool(hooks) for hooks in self.hooks]
 
     def holds(self, owner: MixedOp) -> bool:
         """Whether the owner, or a copy of it that took the plan along, is still what was described."""
         return (
             owner._ops is self.ops
             and owner.training == self.training
-            and [_facts(m) for m in self.inside] == self.facts
+            and list(map(bool, self.hooks)) == self.hooked
+            and list(map(_facts, self.inside)) == self.facts
         )
 
     def run(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Returns the edge's output, and updates running statistics."""
         n, c, h, w = x.shape
         out = (n, c, -(-h // self.stride), -(-w // self.stride))
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -198,18 +203,14 @@ class _Plan:
         wrong = [n.num_features for n in self.norms if n.num_features != c]
         if wrong:
             raise ValueError(f"x has {c} channels: expected {wrong[0]}, as the candidates were made for")
-        statistics = None
-        if self.norms and not self.training:
-            means, variances = zip(*((n.running_mean, n.running_var) for n in self.norms), strict=True)
-            statistics = (torch.stack(means), torch.stack(variances))
         result = mixed_op(
-            x, weights, self.candidates, params, maps, stride=self.stride, eps=self.eps, statistics=statistics
+            *(x, weights, self.candidates, params, maps),
+            stride=self.stride,
+            eps=self.eps,
+            statistics=None if self.training or not self.norms else given_statistics(self.norms),
         )
-        if self.tracked and n:
-            assert result.mean is not None
-            assert result.variance is not None
-            means, variances = result.mean.unbind(0), result.variance.unbind(0)
-            update_statistics(self.tracked, [means[i] for i in self.rows], [variances[i] for i in self.rows])
+        if n:
+            update_tracked(self.norms, result)
         return result.y
 
     def _run_apart(self, x: Tensor, weights: Tensor, maps: list[Tensor]) -> Tensor:
@@ -232,14 +233,20 @@ def _sum_apart(outputs: list[Tensor], weights: Tensor) -> Tensor:
     return mixed_sum([y.to(dtype) for y in outputs], weights)
 
 
+_NORM_FACTS = operator.itemgetter("training", "eps", "num_features", "track_running_stats")
+_CONV_FACTS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups")
+
+
 def _facts(m: nn.Module) -> tuple[object, ...]:
-    """What :func:`_describe` reads of a module: a plan holds while none of it changes."""
+    """What :func:`_describe` reads of a module, hooks aside: a plan holds while none of it changes."""
+    d = m.__dict__  # read on every forward, so not through nn.Module's attributes
+    parameters = d["_parameters"]
     if type(m) is nn.BatchNorm2d:
-        affine = m.weight is not None or m.bias is not None
-        return (special(m), m.training, m.eps, m.num_features, m.track_running_stats, m.running_mean is None, affine)
+        given = d["_buffers"]["running_mean"] is None, parameters["weight"] is None, parameters["bias"] is None
+        return (_NORM_FACTS(d), given, "forward" in d)
     if type(m) is nn.Conv2d:
-        return (special(m), m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is None)
-    return (special(m), type(m), *m._modules.values())
+        return (_CONV_FACTS(d), parameters["bias"] is None, "forward" in d)
+    return (type(m), *d["_modules"].values(), "forward" in d)
 
 
 def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
@@ -263,9 +270,9 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
         norm = layers[1]
         if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and foldable(norm, training):
             return _Entry(Candidate(pool, norm=True), (norm,))
-    separable = _separable(layers, stride, training)
-    if separable is not None:
-        return separable
+    convolutional = _separable(layers, stride, training) or _dense(layers, stride, training)
+    if convolutional is not None:
+        return convolutional
     last = layers[-1]
     if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and foldable(last, training):
         return _Entry(Candidate("map", norm=True), (last,), head=nn.Sequential(*layers[:-1]))
@@ -330,3 +337,23 @@ def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry |
     kernel, dilation = convs[0].kernel_size[0], convs[0].dilation[0]
     candidate = Candidate("separable", kernel=kernel, dilation=dilation, stages=len(norms))
     return _Entry(candidate, tuple(norms), tuple(convs))
+
+
+def _dense(layers: list[nn.Module], stride: int, training: bool) -> _Entry | None:
+    """ReLU, dense convolution that keeps the channels, batch norm."""
+    if len(layers) != 3:
+        return None
+    act, conv, norm = layers
+    if type(act) is not nn.ReLU or type(conv) is not nn.Conv2d or not isinstance(norm, nn.BatchNorm2d):
+        return None
+    kernel = conv.kernel_size[0]
+    if (
+        not foldable(norm, training)
+        or (kernel, 1) not in CONV
+        or (conv.kernel_size, conv.stride, conv.dilation) != ((kernel, kernel), (stride, stride), (1, 1))
+        or conv.padding != ((kernel - 1) // 2,) * 2
+        or not conv.in_channels == conv.out_channels == norm.num_features
+        or (conv.groups, conv.padding_mode, conv.bias) != (1, "zeros", None)
+    ):
+        return None
+    return _Entry(Candidate("conv", kernel=kernel, stages=1), (norm,), (conv,))

@@ -94,12 +94,10 @@ class Supernet(nn.Module):
                     raise ValueError(
                         f"{name}[{cell_type!r}] must have one row for each of {self._edges} edges, got {got}"
                     )
-        # one unbind a forward, where each cell's own indexing would add as many backward nodes as there are edges
-        rows = {name: w.unbind() for name, w in weights.items()}
-        factors = {} if edge_weights is None else {name: w.unbind() for name, w in edge_weights.items()}
+        factors = {} if edge_weights is None else edge_weights
         s0 = s1 = self.stem(x)
         for cell in self.cells:
             cell_type = "reduce" if cell.reduction else "normal"
-            s0, s1 = s1, cell(s0, s1, rows[cell_type], factors.get(cell_type))
+            s0, s1 = s1, cell(s0, s1, weights[cell_type], factors.get(cell_type))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))
         return logits

@@ -2,8 +2,8 @@
 
 ``state_n = sum over edges (s, n) of sum_o weights[edge, o] * candidate_o(state_s)`` (DARTS, arXiv:1806.09055, Eq. 1
 and 2), and the last states concatenated. The candidates of all edges that leave a state run together, so that its ReLU,
-its pools and their statistics are computed once; sums grow in place inside the cell's output; the gradient of a state is
-written once.
+its pools and their statistics are computed once; sums grow in place inside the cell's output; the gradient of a state
+is written once.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def mixed_cell(
         *(ops, [v for e in edges for o in e.candidates for v in o.row], [v for e in edges for v in e[:4]], concat),
         *(eps, statistics, (len(inputs), len(params)), weights.to(compute).contiguous()),
         *(i.contiguous(memory_format=torch.channels_last) for i in inputs),
-        *(p.to(native).contiguous() for p in params),
+        *((p if p.dtype == native else p.to(native)).contiguous() for p in params),
         *(m.to(native).contiguous(memory_format=torch.channels_last) for m in maps),
     )
     y = y.to(dtype)
@@ -282,8 +282,9 @@ def _fake(
     n, c, oh, ow, kept = _geometry(inputs, edges, concat)
     y = torch.empty((n, concat * c, oh, ow), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows = len(eps) if mean is None else 0
-    statistics = [x.new_empty((rows, c), dtype=_common.compute_dtype(x)) for _ in range(3)]
-    return (y, x.new_empty((kept, n, oh, ow, c)), x.new_empty((sum(plan[4::5]), n, oh, ow, c)), *statistics)
+    new_mean, new_invstd, variance = (x.new_empty((rows, c), dtype=_common.compute_dtype(x)) for _ in range(3))
+    states, outs = x.new_empty((kept, n, oh, ow, c)), x.new_empty((sum(plan[4::5]), n, oh, ow, c))
+    return y, states, outs, new_mean, new_invstd, variance
 
 
 def _fake_backward(

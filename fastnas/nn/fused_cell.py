@@ -1,0 +1,96 @@
+"""The edges of a cell run as one op, as long as they are what that op knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastnas import _library
+from fastnas.nn.batch_norm import given_statistics, special, update_tracked
+from fastnas.nn.mixed_op import MixedOp, Plan
+from fastnas.nn.operations import FactorizedReduce
+from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
+
+
+class FusedCell:
+    """Runs a cell's edges as :func:`fastnas.ops.mixed_cell.mixed_cell`, or says that they have to be run one by one.
+
+    Args:
+        wiring: (state that it leaves, state that it leads to) of each edge; the inputs are states 0, 1, ...
+        inputs: how many.
+        concat: how many of the last nodes are concatenated to the cell's output.
+    """
+
+    def __init__(self, wiring: Sequence[tuple[int, int]], inputs: int, concat: int) -> None:
+        self._wiring = wiring
+        self._inputs = inputs
+        self._concat = concat
+        self._order = sorted(range(len(wiring)), key=wiring.__getitem__)
+        self._plans: list[Plan] = []  # in this order
+        self._edges: list[CellEdge] | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FusedCell:
+        return FusedCell(self._wiring, self._inputs, self._concat)  # the copy's modules are others
+
+    def __reduce__(self) -> tuple[type[FusedCell], tuple[object, ...]]:
+        return FusedCell, (self._wiring, self._inputs, self._concat)
+
+    def run(self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor | Sequence[Tensor]) -> Tensor | None:
+        """Returns the cell's output; None where its edges have to be run one by one.
+
+        Args:
+            ops: the edges, as in the wiring.
+            inputs: the first states, (N, C, H, W).
+            weights: (E, O), or E rows of O.
+        """
+        edges = self._current(ops)
+        x = inputs[0]
+        if edges is None or x.dim() != 4 or _library.namespace(None, x) is None:
+            return None
+        params: list[Tensor] = [c.weight for plan in self._plans for c in plan.convs]
+        maps = [h(inputs[e.source]) for e, plan in zip(edges, self._plans, strict=True) for h in plan.heads]
+        norms = [n for plan in self._plans for n in plan.norms]
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            inputs, params, maps = ([t.to(dtype) for t in ts] for ts in (inputs, params, maps))
+        result = mixed_cell(
+            inputs,
+            weights if isinstance(weights, Tensor) else torch.stack(list(weights)),
+            edges,
+            params,
+            maps,
+            concat=self._concat,
+            eps=[n.eps for n in norms],
+            statistics=None if self._plans[0].training else given_statistics(norms),
+        )
+        update_tracked(norms, result)
+        return result.y
+
+    def _current(self, ops: nn.ModuleList) -> list[CellEdge] | None:
+        edges = [e for i in self._order if type(e := ops[i]) is MixedOp and e.k == 1 and not special(e)]
+        if len(edges) < len(ops):
+            return None
+        plans = [e.described() for e in edges]
+        if len(plans) == len(self._plans) and all(a is b for a, b in zip(plans, self._plans, strict=True)):
+            return self._edges
+        self._plans = plans
+        self._edges = [
+            CellEdge(*self._wiring[i], plan.stride, i, plan.candidates)
+            for i, plan in zip(self._order, plans, strict=True)
+        ]
+        strides = {(e.source, e.stride) for e in self._edges}
+        fused = (
+            len({p.training for p in plans}) == len({len(p.candidates) for p in plans}) == 1
+            and len(strides) == len({source for source, _ in strides})
+            and all(
+                e.source < self._inputs or (e.stride == 1 and not p.heads)
+                for e, p in zip(self._edges, plans, strict=True)
+            )
+            and all(isinstance(getattr(h, "__self__", None), FactorizedReduce) for p in plans for h in p.heads)
+            and fits(self._edges)
+        )
+        if not fused:
+            self._edges = None
+        return self._edges

@@ -1,0 +1,141 @@
+"""Cells as one op: the same as their edges one by one, and one by one wherever the op would not be what modules do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastnas
+from fastnas.nn import Cell, MixedOp, NASBench201Cell
+
+
+class Case:
+    """A cell on random inputs, with everything that a step computes."""
+
+    def __init__(self, kind="normal", training=True):
+        torch.manual_seed(0)
+        size = 6 if kind != "wide" else 12
+        if kind == "nasbench201":
+            self.cell = NASBench201Cell(4)
+            self.inputs = [torch.randn(3, 4, 6, 6)]
+        else:
+            self.cell = Cell(3, 2, 8, 8, 4, kind == "reduce", kind == "wide")
+            self.inputs = [torch.randn(3, 8, size, size), torch.randn(3, 8, 6, 6)]
+        self.cell.double().train(training)
+        self.inputs = [i.double().requires_grad_() for i in self.inputs]
+        self.weights = torch.rand(len(self.cell._ops), len(self.cell._ops[0]._ops), dtype=torch.float64)
+        self.weights.requires_grad_()
+
+    def fused(self):
+        """Whether a forward of the cell is one op."""
+        with torch.profiler.profile() as trace, torch.no_grad():
+            self.cell(*self.inputs, self.weights)
+        return "fastnas::mixed_cell" in {e.key for e in trace.key_averages()}
+
+    def outcome(self, one_by_one=False, **more):
+        cell = copy.deepcopy(self.cell)
+        if one_by_one:
+            for edge in cell._ops:
+                edge.register_forward_hook(lambda *_: None)
+        y = cell(*self.inputs, self.weights, **more)
+        torch.manual_seed(1)
+        leaves = [*self.inputs, self.weights, *cell.parameters()]
+        grads = torch.autograd.grad(y, leaves, torch.randn_like(y), allow_unused=True, materialize_grads=True)
+        return [y.detach(), *grads, *cell.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["normal", "reduce", "wide", "nasbench201"])
+def test_equals_its_edges_one_by_one(kind, training):
+    case = Case(kind, training)
+    assert case.fused()
+    for a, b in zip(case.outcome(), case.outcome(one_by_one=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_edge_weights():
+    case = Case()
+    beta = torch.rand(len(case.cell._ops), dtype=torch.float64)
+    for a, b in zip(
+        case.outcome(edge_weights=beta), case.outcome(edge_weights=list(beta), one_by_one=True), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def partial(cell):
+    cell._ops[3] = MixedOp(4, 1, k=2).double()
+
+
+def own_module(cell):
+    cell._ops[8]._ops[3] = nn.Conv2d(4, 4, 3, padding=1, bias=False).double()
+
+
+def edge_hook(cell):
+    cell._ops[0].register_forward_hook(lambda *_: None)
+
+
+def own_class(cell):
+    cell._ops[1].__class__ = type("Mine", (MixedOp,), {})
+
+
+def mixed_modes(cell):
+    cell._ops[2].eval()
+
+
+@pytest.mark.parametrize("change", [partial, own_module, edge_hook, own_class, mixed_modes])
+def test_what_the_op_does_not_know_is_run_edge_by_edge(change):
+    case = Case()
+    assert case.fused()
+    change(case.cell)
+    assert not case.fused()
+    with fastnas.use_backend("reference"):
+        expected = case.outcome()
+    for a, b in zip(case.outcome(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("where", ["candidate", "convolution"])
+def test_hooks_inside_are_called(where):
+    case, seen = Case(), []
+    candidate = case.cell._ops[0]._ops[4]
+    module = candidate if where == "candidate" else candidate.op[1]
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    case.cell(*case.inputs, case.weights)
+    assert seen == [1]
+    handle.remove()
+    case.cell(*case.inputs, case.weights)
+    assert seen == [1]
+    assert case.fused()
+
+
+def test_modes_follow_the_cell():
+    case = Case()
+    case.cell(*case.inputs, case.weights)
+    before = [b.clone() for b in case.cell.buffers()]
+    case.cell.eval()
+    case.cell(*case.inputs, case.weights)
+    assert all(torch.equal(a, b) for a, b in zip(before, case.cell.buffers(), strict=True))
+    case.cell.train()
+    case.cell(*case.inputs, case.weights)
+    assert not all(torch.equal(a, b) for a, b in zip(before, case.cell.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["copy", "pickle"])
+def test_copies_have_their_own_parameters(duplicate):
+    case = Case()
+    y = case.cell(*case.inputs, case.weights)
+    case.cell = duplicate(case.cell)
+    with torch.no_grad():
+        for p in case.cell.parameters():
+            p.zero_()
+    assert not torch.allclose(case.cell(*case.inputs, case.weights), y)
+
+
+def test_autocast_gives_its_dtype():
+    case = Case()
+    case.cell.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.cell(*(i.detach().float() for i in case.inputs), case.weights.detach().float())
+    assert y.dtype == torch.bfloat16
