@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
       for (int j = 0; j < K; ++j) {
         const int w = win.w + j * s.dilation;
         if (w < 0 || w >= source.W) continue;
-        const A value = static_cast<A>(source.map[(win.image + h * source.W + w) * a.C + c]);
+        const A value = static_cast<A>(source.map[(win.image + h * source.W + w) * source.step + c]);
         acc[i * K + j] += g * relu((value - mean[0]) * invstd[0]);
       }
     }
