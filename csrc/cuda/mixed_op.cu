@@ -3,7 +3,7 @@
 namespace fastnas::cuda {
 namespace {
 // out = pointwise(depthwise(relu(source))) of the listed stages, or their dense convolution, one product a tap: a tile
-// of M pixels by N output channels a block.
+// of M pixels by N output channels a block. The two are kernels of their own, so that each stays in registers.
 template <class T, int V, int N, bool Dense>
 __global__ void __launch_bounds__(kBlock, kFewBlocks<T> + !Dense)
     stages_kernel(const __grid_constant__ MixedOpArgs a, const __grid_constant__ List list) {

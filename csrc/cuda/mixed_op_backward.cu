@@ -615,7 +615,7 @@ struct Backward {
   int64_t kept_bytes() const {
     return P * a.C * (has(a, Kind::max_pool) + static_cast<int64_t>(sizeof(A)) * has(a, Kind::avg_pool));
   }
-  bool any(const List& list, int stage) const {
+  bool contains(const List& list, int stage) const {
     return std::find(list.entry, list.entry + list.count, stage) != list.entry + list.count;
   }
   // Maps that the listed stages' gradients are read from: an output a stage, and a grad_norm a stage or an edge's g.
@@ -691,7 +691,7 @@ struct Backward {
   void sources(const List& list) const {
     int64_t bytes = map_bytes<T>(a, 0, 2 * list.count) + sums_bytes(scratch.chunks, 2 * list.count);
     for (int s = 0; s < a.stages_count; ++s)
-      if (a.stages[s].source >= 0 && any(list, a.stages[s].source)) bytes += map_bytes<T>(a, 0, 1);
+      if (a.stages[s].source >= 0 && contains(list, a.stages[s].source)) bytes += map_bytes<T>(a, 0, 1);
     launch("mixed_op_stages_backward_input", bytes, input_backward_kernel<T, V>,
            dim3(scratch.chunks.count, map_columns<V>(a.C), list.count), map_block<V>(a.C), stream, a, scratch, list,
            scratch.chunks);
@@ -791,7 +791,7 @@ struct Backward {
       }
       for (int i = 0; i < dense_stages.count; ++i) {
         const int source = a.stages[dense_stages.entry[i]].source;
-        if (!any(before_dense, source) && (source >= 0 || a.grad_x)) before_dense.add(source);
+        if (!contains(before_dense, source) && (source >= 0 || a.grad_x)) before_dense.add(source);
       }
       if (depthwise_stages.count) pointwise(depthwise_stages);
       if (before_dense.count) dense(before_dense, dense_stages);
