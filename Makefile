@@ -28,10 +28,10 @@ $(DEMO)/.done: $(VENV)/.built
 test: build ## the tests; more options for pytest in PYTEST_ARGS
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: build ## the benchmarks: a table, and benchmarks/results/<version>/<machine>.json; options in BENCH_ARGS
+bench: build ## the benchmarks: a table, benchmarks/results/<version>/<machine>.json, what got slower; options in BENCH_ARGS
 	result=$$($(BIN)/python -m benchmarks.facts) && mkdir -p "$$(dirname "$$result")" && \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet --benchmark-json="$$result.partial" $(BENCH_ARGS) && \
-	mv "$$result.partial" "$$result" && echo "$$result"
+	mv "$$result.partial" "$$result" && echo "$$result" && $(BIN)/python -m benchmarks.regressions "$$result"
 
 lint: build ## linters and the type checker
 	$(BIN)/ruff check .

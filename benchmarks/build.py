@@ -44,6 +44,7 @@ def variant(
     """Returns the variant that runs ``module(*arguments)`` with the parameters and buffers of ``state``.
 
     ``inputs`` and ``parameters`` are those of the arguments that get gradients; the module's parameters come on top.
+    ``compile_parts(module)`` are compiled each on its own; those of the same class and shapes share one graph.
     """
     module.load_state_dict(state, strict=True)
     module = module.to(device, dtype).train()
@@ -52,7 +53,7 @@ def variant(
     if name.startswith("compiled"):
         torch._dynamo.config.recompile_limit = 64  # one graph for each differently shaped part
         for part in compile_parts(module):
-            part.compile()
+            part.compile(dynamic=False)  # or shapes that differ from the first would get slower graphs
     if grad.dim() == 4:
         grad = grad.contiguous(memory_format=layout(name))
     parameters = {**parameters, **dict(module.named_parameters())}

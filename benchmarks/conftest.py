@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile",
         default="none",
         choices=["none", "ops", "all"],
-        help="Also measure plain PyTorch under torch.compile: nothing of it, all but the supernet (minutes), or that "
-        "too, cell by cell (much longer). (default: none)",
+        help="Also measure plain PyTorch under torch.compile: nothing of it, all but the supernets (minutes), or those "
+        "too, a MixedOp or a cell at a time (some minutes more for each). (default: none)",
     )
     group.addoption("--quick", action="store_true", help="Tiny shapes and few rounds: checks, and numbers of no worth.")
     group.addoption("--rounds", type=int, help="Rounds of every group, instead of each group's own number.")
@@ -54,6 +55,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cold_compiler(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compile times are those of a first compilation, whatever earlier runs have left in a cache."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(scope="session")
 def _results() -> dict[str, dict[str, Result]]:
     return {}
@@ -67,12 +74,23 @@ def compete(
     variant: str,
     _results: dict[str, dict[str, Result]],
 ) -> Callable[..., None]:
-    """Reports one variant of a group; the first call of a group measures all of its variants."""
+    """Reports one variant of a group; the first call of a group measures all of its variants.
 
-    def run(group: str, build: Callable[[str, torch.dtype], Variant], *, rounds: int, tolerance: float = 1e-4) -> None:
+    ``region`` says what torch.compile was given at a time.
+    """
+
+    def run(
+        group: str,
+        build: Callable[[str, torch.dtype], Variant],
+        *,
+        rounds: int,
+        tolerance: float = 1e-4,
+        region: str = "all of it",
+    ) -> None:
         config = request.config
         quick = config.getoption("--quick")
         if group not in _results:
+            torch._dynamo.reset()  # the graphs of earlier groups, whose guards would be tried first
             _results[group] = contest(
                 {name: build(name, torch.float64) for name in ("eager", "fastnas")},
                 {name: build(name, torch.float32) for name in variants(config, request.module)},
@@ -94,6 +112,8 @@ def compete(
             interleaved=True,
             quick=quick,
         )
+        if variant.startswith("compiled"):
+            benchmark.extra_info.update(compile_seconds=result.first, compiled_region=region)
         replay.load(result.seconds)
         benchmark.pedantic(lambda: None, rounds=len(result.seconds))
 
@@ -116,7 +136,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for name, value in facts().items():
         terminalreporter.write_line(f"{name:10} {value}")
     columns = ("median ms", 10), ("IQR ms", 9), ("x time", 8), ("peak MiB", 10), ("saved MiB", 11), ("x saved", 9)
-    header = " " * 26 + "".join(f"{name:>{width}}" for name, width in (*columns, ("error", 9), ("of grads", 9)))
+    header = " " * 26 + "".join(
+        f"{name:>{width}}" for name, width in (*columns, ("error", 9), ("of grads", 9), ("compile s", 11))
+    )
     for group, benches in groups.items():
         terminalreporter.write_line(f"\n{group} ({benches[0].stats.rounds} rounds)\n{header}")
         ours = next((b for b in benches if b.extra_info["variant"] == "fastnas"), None)
@@ -129,6 +151,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 f"  {info['variant']:24}{stats.median * 1e3:10.2f}{stats.iqr * 1e3:9.2f}{slower:>8}"
                 f"{info['peak_bytes'] / MIB:10.1f}{info['saved_bytes'] / MIB:11.2f}{larger:>9}"
                 f"{info['error']:9.0e}{info['gradient_error']:9.0e}"
+                + (f"{info['compile_seconds']:11.1f}" if "compile_seconds" in info else "")
             )
     terminalreporter.write_line(
         "\nx time, x saved: times fastnas' own; above 1, fastnas is faster, or saves fewer bytes for backward"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -43,6 +44,17 @@ def machine() -> str:
     gpus = known["gpus"]
     name = str(gpus[0]) if isinstance(gpus, list) and gpus else f"{known['processor']} {known['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu", "", name.lower())).strip("-")
+
+
+def write(path: Path, content: object) -> None:
+    """Writes ``content`` as JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one variant: seconds of each round, bytes, and its largest errors."""
+    """What was measured of one variant: seconds of its first step and of each round, bytes, and its largest errors."""
 
+    first: float
     seconds: list[float]
     peak: int
     held: int
@@ -223,7 +224,13 @@ def contest(
     for name, v in exact.items():
         if name != "eager":
             check(f"{name} in float64", errors(v.outcome(), truth), (1e-9, 1e-9))
-    found = {name: errors(v.outcome(), truth) for name, v in variants.items()}
+    found, first = {}, {}
+    for name, v in variants.items():
+        start = time.perf_counter()
+        outcome = v.outcome()
+        first[name] = time.perf_counter() - start
+        found[name] = errors(outcome, truth)
+        del outcome
     del truth
     for name, worst in found.items():
         check(name, worst, (tolerance, 100 * tolerance))
@@ -234,6 +241,6 @@ def contest(
         sizes[name] = {"peak": peak, "held": held, "saved": saved_bytes(v.forward, v.parameters.values())}
     times = in_turn([v.step for v in variants.values()], rounds, warmup, device)
     return {
-        name: Result(seconds=seconds, error=found[name][0], gradient_error=found[name][1], **sizes[name])
+        name: Result(first[name], seconds, error=found[name][0], gradient_error=found[name][1], **sizes[name])
         for name, seconds in zip(variants, times, strict=True)
     }

@@ -1,9 +1,13 @@
-"""What fastnas is compared with: DARTS (arXiv:1806.09055) in plain PyTorch, as its definition reads.
+"""What fastnas is compared with: plain PyTorch, as the definitions read.
+
+DARTS (arXiv:1806.09055), PC-DARTS (arXiv:1907.05737) and NAS-Bench-201's supernet (arXiv:2001.00326).
 
 Nothing here uses fastnas. Submodules carry the names of DARTS' code, so one state dict fits both sides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ PRIMITIVES = (
     "dil_conv_3x3",
     "dil_conv_5x5",
 )
+NASBENCH201 = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 
 
 def norm(C: int) -> nn.Module:
@@ -41,6 +46,12 @@ class Op(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
+
+
+def dense(C_in: int, C_out: int, kernel: int, stride: int = 1, affine: bool = False) -> Op:
+    """ReLU, convolution, batch norm."""
+    conv = nn.Conv2d(C_in, C_out, kernel, stride, kernel // 2, bias=False)
+    return Op(nn.ReLU(), conv, nn.BatchNorm2d(C_out, affine=affine))
 
 
 class Zero(nn.Module):
@@ -74,6 +85,8 @@ def candidate(name: str, C: int, stride: int) -> nn.Module:
     if name == "skip_connect":
         return nn.Identity() if stride == 1 else FactorizedReduce(C, C)
     kernel = int(name[-1])
+    if name.startswith("nor_conv"):
+        return dense(C, C, kernel, stride)
     if name.startswith("dil"):
         return Op(*separable(C, kernel, stride, 2))
     return Op(*separable(C, kernel, stride), *separable(C, kernel, 1))
@@ -92,10 +105,10 @@ def shuffled(mixed: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
 
 
 class MixedOp(nn.Module):
-    def __init__(self, C: int, stride: int, k: int = 1) -> None:
+    def __init__(self, C: int, stride: int, k: int = 1, primitives: Sequence[str] = PRIMITIVES) -> None:
         super().__init__()
         self.stride, self.k = stride, k
-        self._ops = nn.ModuleList(candidate(name, C // k, stride) for name in PRIMITIVES)
+        self._ops = nn.ModuleList(candidate(name, C // k, stride) for name in primitives)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         active = x[:, : x.shape[1] // self.k]
@@ -104,27 +117,48 @@ class MixedOp(nn.Module):
 
 
 class Cell(nn.Module):
-    def __init__(self, C_prev_prev: int, C_prev: int, C: int, reduction: bool, reduction_prev: bool) -> None:
+    def __init__(
+        self,
+        C_prev_prev: int,
+        C_prev: int,
+        C: int,
+        reduction: bool,
+        reduction_prev: bool,
+        k: int = 1,
+        steps: int = 4,
+        primitives: Sequence[str] = PRIMITIVES,
+    ) -> None:
         super().__init__()
-        self.reduction = reduction
-        if reduction_prev:
-            self.preprocess0: nn.Module = FactorizedReduce(C_prev_prev, C)
-        else:
-            self.preprocess0 = Op(nn.ReLU(), nn.Conv2d(C_prev_prev, C, 1, bias=False), norm(C))
-        self.preprocess1 = Op(nn.ReLU(), nn.Conv2d(C_prev, C, 1, bias=False), norm(C))
-        self._ops = nn.ModuleList(MixedOp(C, 2 if reduction and j < 2 else 1) for i in range(4) for j in range(2 + i))
+        self.reduction, self.steps = reduction, steps
+        self.preprocess0 = FactorizedReduce(C_prev_prev, C) if reduction_prev else dense(C_prev_prev, C, 1)
+        self.preprocess1 = dense(C_prev, C, 1)
+        self._ops = nn.ModuleList(
+            MixedOp(C, 2 if reduction and j < 2 else 1, k, primitives) for i in range(steps) for j in range(2 + i)
+        )
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None = None) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
-        for _ in range(4):
-            states.append(sum(self._ops[edge + j](h, weights[edge + j]) for j, h in enumerate(states)))
-            edge += len(states) - 1
-        return torch.cat(states[-4:], 1)
+        for _ in range(self.steps):
+            ends = [self._ops[edge + j](h, weights[edge + j]) for j, h in enumerate(states)]
+            if edge_weights is not None:
+                ends = [edge_weights[edge + j] * y for j, y in enumerate(ends)]
+            states.append(sum(ends))
+            edge += len(ends)
+        return torch.cat(states[2:], 1)
 
 
 class Supernet(nn.Module):
-    def __init__(self, channels: int, layers: int, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        channels: int,
+        layers: int,
+        num_classes: int = 10,
+        *,
+        k: int = 1,
+        steps: int = 4,
+        primitives: Sequence[str] = PRIMITIVES,
+    ) -> None:
         super().__init__()
         C, width = channels, 3 * channels
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
@@ -133,12 +167,63 @@ class Supernet(nn.Module):
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C = 2 * C if reduction else C
-            self.cells.append(Cell(C_prev_prev, C_prev, C, reduction, reduction_prev))
-            C_prev_prev, C_prev, reduction_prev = C_prev, 4 * C, reduction
+            self.cells.append(Cell(C_prev_prev, C_prev, C, reduction, reduction_prev, k, steps, primitives))
+            C_prev_prev, C_prev, reduction_prev = C_prev, steps * C, reduction
         self.classifier = nn.Linear(C_prev, num_classes)
 
-    def forward(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: Mapping[str, Tensor], edge_weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         s0 = s1 = self.stem(x)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+            name = "reduce" if cell.reduction else "normal"
+            s0, s1 = s1, cell(s0, s1, weights[name], edge_weights[name] if edge_weights else None)
         return self.classifier(s1.mean((2, 3)))
+
+
+class NASBench201MixedOp(MixedOp):
+    def __init__(self, C: int) -> None:
+        super().__init__(C, 1, 1, NASBENCH201)
+        self._ops[4] = self._ops[4][0]  # its average pool has no batch norm
+
+
+class NASBench201Cell(nn.Module):
+    def __init__(self, C: int) -> None:
+        super().__init__()
+        self._ops = nn.ModuleList(NASBench201MixedOp(C) for _ in range(6))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        states = [x]
+        for first in (0, 1, 3):  # the edges into a node are 0; 1, 2; 3, 4, 5
+            states.append(sum(self._ops[first + j](h, weights[first + j]) for j, h in enumerate(states)))
+        return states[3]
+
+
+class Residual(nn.Module):
+    def __init__(self, C_in: int, C_out: int) -> None:
+        super().__init__()
+        self.conv_a, self.conv_b = dense(C_in, C_out, 3, 2, affine=True), dense(C_out, C_out, 3, affine=True)
+        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C_in, C_out, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(x) + self.conv_b(self.conv_a(x))
+
+
+class NASBench201Supernet(nn.Module):
+    def __init__(self, channels: int, cells: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            C = channels * 2**stage
+            if stage:
+                self.cells.append(Residual(C // 2, C))
+            self.cells.extend(NASBench201Cell(C) for _ in range(cells))
+        self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+        self.classifier = nn.Linear(C, num_classes)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, weights) if isinstance(cell, NASBench201Cell) else cell(x)
+        return self.classifier(self.lastact(x).mean((2, 3)))

@@ -35,7 +35,7 @@ def test_partial_channels(shape: tuple[int, ...], compete: Callable[..., None], 
         grad = random(n, c, h // stride, w // stride, seed=2, dtype=dtype, device=device)
         run = ours if name == "fastnas" else theirs
         if name.startswith("compiled"):
-            run = torch.compile(run)
+            run = torch.compile(run, dynamic=False)
         return Variant(lambda: run(x), {"x": x}, {}, grad.contiguous(memory_format=layout(name)))
 
     compete(f"partial channels ({n}, {c}, {h}, {w}) stride {stride}, k={k}", build, rounds=50)

@@ -1,4 +1,4 @@
-"""The loss of the DARTS supernet on one batch, and its gradients by all weights and alphas."""
+"""The loss of a supernet on one batch, and its gradients by all weights and architecture parameters."""
 
 from __future__ import annotations
 
@@ -6,56 +6,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks import plain
-from benchmarks.build import layout, leaf, random, variant
 from benchmarks.measure import Variant, replay
-from fastnas.nn import Supernet
+from benchmarks.supernets import SPACES, loss_on_a_batch
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 
-# N, C, cells, H = W
-SHAPES = [(16, 16, 8, 32)]
-QUICK = [(4, 4, 3, 16)]
+# space, N, C, cells (of a stage in NAS-Bench-201), H = W, k
+SHAPES = [("DARTS", 16, 16, 8, 32, 1), ("PC-DARTS", 16, 16, 8, 32, 4), ("NAS-Bench-201", 64, 16, 5, 32, 1)]
+QUICK = [("DARTS", 4, 4, 3, 16, 1), ("PC-DARTS", 4, 8, 3, 16, 4), ("NAS-Bench-201", 4, 4, 1, 16, 1)]
 SLOW_TO_COMPILE = True
 
 
-class Loss(nn.Module):
-    """Cross entropy of a supernet on one batch; alphas go through a softmax."""
-
-    def __init__(self, supernet: nn.Module) -> None:
-        super().__init__()
-        self.supernet = supernet
-
-    def forward(self, images: Tensor, labels: Tensor, normal: Tensor, reduce: Tensor) -> Tensor:
-        weights = {"normal": normal.softmax(-1), "reduce": reduce.softmax(-1)}
-        return F.cross_entropy(self.supernet(images, weights), labels)
-
-
-def test_supernet(shape: tuple[int, ...], compete: Callable[..., None], device: str) -> None:
-    n, c, cells, size = shape
-    torch.manual_seed(0)
-    state = Loss(plain.Supernet(c, cells)).state_dict()
-    labels = (torch.arange(n) % 10).to(device)
+def test_supernet(shape: tuple[str, int, int, int, int, int], compete: Callable[..., None], device: str) -> None:
+    name, batch, channels, cells, size, k = shape
+    space = SPACES[name]
+    options = {"k": k} if k > 1 else {}
+    sizes = {"batch": batch, "channels": channels, "cells": cells, "size": size}
 
     def build(name: str, dtype: torch.dtype) -> Variant:
-        images = random(n, 3, size, size, seed=1, dtype=dtype, device=device)
-        images = images.contiguous(memory_format=layout(name))
-        alphas = [leaf(1e-3 * random(14, 8, seed=seed, dtype=dtype, device=device), name) for seed in (2, 3)]
-        side = Supernet if name == "fastnas" else plain.Supernet
-        return variant(
-            Loss(side(c, cells)),
-            state,
-            name,
-            dtype,
-            device,
-            arguments=(images, labels, *alphas),
-            inputs={},
-            parameters={"normal": alphas[0], "reduce": alphas[1]},
-            grad=torch.ones((), dtype=dtype, device=device),
-            compile_parts=lambda loss: list(loss.supernet.cells),
-        )
+        return loss_on_a_batch(space, name, dtype, device, **sizes, ours=options, theirs=options)
 
-    compete(f"DARTS supernet, C {c}, {cells} cells, batch {n}, {size}x{size}", build, rounds=7, tolerance=1e-3)
+    what = f"{cells} cells" if name != "NAS-Bench-201" else f"3 x {cells} cells"
+    partial = f", k={k}" if k > 1 else ""
+    group = f"{name} supernet, C {channels}, {what}, batch {batch}, {size}x{size}{partial}"
+    compete(group, build, rounds=7, tolerance=1e-3, region=f"each {space.region.__name__}")

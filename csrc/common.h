@@ -88,14 +88,27 @@ inline Tensor empty_channels_last(std::vector<int64_t> size, const Tensor& like)
                               torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// The same for a map that only fastnas sees; on the CPU it comes from the arena.
-inline Tensor empty_map(std::vector<int64_t> size, const Tensor& like) {
-  if (like.is_cuda()) return empty_channels_last(std::move(size), like);
-  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
-  const int64_t bytes = n * c * h * w * static_cast<int64_t>(like.element_size());
-  const std::vector<int64_t> strides = {h * w * c, 1, w * c, c};
+// A tensor of these strides whose CPU memory comes from the arena; its strides must be dense.
+inline Tensor arena_tensor(const std::vector<int64_t>& size, const std::vector<int64_t>& strides, const Tensor& like) {
+  int64_t bytes = static_cast<int64_t>(like.element_size());
+  for (int64_t n : size) bytes *= n;
   return torch::stable::from_blob(cpu::arena_take(static_cast<size_t>(bytes)), size, strides, like.device(),
                                   like.scalar_type(), [](void* block) { cpu::arena_give(block); });
+}
+
+// The same as empty_channels_last for maps of the size of a feature map; on the CPU it comes from the arena.
+inline Tensor empty_map(std::vector<int64_t> size, const Tensor& like) {
+  if (like.is_cuda()) return empty_channels_last(std::move(size), like);
+  const int64_t c = size[1], h = size[2], w = size[3];
+  return arena_tensor(size, {h * w * c, 1, w * c, c}, like);
+}
+
+// The same for a contiguous tensor.
+inline Tensor empty_blob(std::vector<int64_t> size, const Tensor& like) {
+  if (like.is_cuda()) return empty(std::move(size), like.scalar_type(), like);
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * size[i];
+  return arena_tensor(size, strides, like);
 }
 
 // float for float, half and bfloat16; double for double.

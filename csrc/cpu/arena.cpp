@@ -8,12 +8,14 @@
 #include <vector>
 
 #ifdef __unix__
+#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
 namespace fastnas::cpu {
 namespace {
 constexpr size_t kHeader = 64;  // in front of each block: its size
+constexpr size_t kHugePage = 2 << 20;
 
 // A quarter of the machine's memory.
 int64_t default_limit() {
@@ -40,6 +42,16 @@ size_t& size_of(void* block) { return *reinterpret_cast<size_t*>(static_cast<cha
 void release(void* block) noexcept { std::free(static_cast<char*>(block) - kHeader); }
 }  // namespace
 
+void* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 4096, size = (bytes + 4095) / 4096 * 4096;
+  void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+  if (!memory) throw std::bad_alloc();
+#if defined(__unix__) && defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(memory, size / kHugePage * kHugePage, MADV_HUGEPAGE);  // a refusal is no harm
+#endif
+  return memory;
+}
+
 void* arena_take(size_t bytes) {
   const size_t size = (bytes + kHeader + 4095) / 4096 * 4096;
   Arena& a = arena();
@@ -54,11 +66,13 @@ void* arena_take(size_t bytes) {
       return block;
     }
   }
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) {
+  void* memory;
+  try {
+    memory = allocate(size);
+  } catch (...) {
     std::lock_guard<std::mutex> lock(a.mutex);
     a.state.lent -= static_cast<int64_t>(size);
-    throw std::bad_alloc();
+    throw;
   }
   void* block = static_cast<char*>(memory) + kHeader;
   size_of(block) = size;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "counters.h"
+#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 #include "cpu/mixed_op_run.h"
 
@@ -38,17 +39,18 @@ T* thread_scratch(int64_t n) {
   };
   thread_local std::unique_ptr<void, Free> memory;
   thread_local size_t size = 0;
-  const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 4095) / 4096 * 4096;
+  const size_t bytes = static_cast<size_t>(n) * sizeof(T);
   if (bytes > size) {
     memory.reset(), size = 0;  // so that a failure leaves nothing to reuse
-    memory.reset(std::aligned_alloc(4096, bytes));
-    if (!memory) throw std::bad_alloc();
+    memory.reset(allocate(bytes));
     size = bytes;
   }
   return static_cast<T*>(memory.get());
 }
 
 int64_t taps(const Stage& s) { return int64_t(s.kernel) * s.kernel; }
+int64_t depthwise_taps(const Stage& s) { return s.dense ? 0 : taps(s); }
+int64_t squares(const Stage& s) { return s.dense ? taps(s) : 1; }  // (C, C) matrices among the weights
 
 // A run and the memory behind its pointers.
 template <class T>
@@ -65,8 +67,10 @@ class Driver {
     r.halo = r.levels = 0;
     r.group = static_cast<int>(std::max<int64_t>(1, std::min(args.OH, 64 / args.OW)));
     r.pools = false;
-    for (int t = 0; t < args.terms_count; ++t)
+    for (int t = 0; t < args.terms_count; ++t) {
       r.pools |= args.terms[t].kind == Kind::max_pool || args.terms[t].kind == Kind::avg_pool;
+      r.leader[t] = leader(args, t);
+    }
     r.wgrad_size = 0;
     for (int k = 0; k < args.stages_count; ++k) {
       const Stage& s = args.stages[k];
@@ -74,8 +78,8 @@ class Driver {
       r.levels = std::max(r.levels, r.level[k] + 1);
       r.halo = std::max(r.halo, s.dilation * (s.kernel - 1) / 2);
       r.wgrad_depthwise[k] = r.wgrad_size;
-      r.wgrad_pointwise[k] = r.wgrad_size + taps(s) * r.padded;
-      r.wgrad_size += taps(s) * r.padded + int64_t(r.padded) * r.padded;
+      r.wgrad_pointwise[k] = r.wgrad_size + depthwise_taps(s) * r.padded;
+      r.wgrad_size += depthwise_taps(s) * r.padded + squares(s) * r.padded * r.padded;
     }
     r.levels = std::max(r.levels, 1);
     const int64_t wgrad = r.wgrad_size * static_cast<int64_t>(sizeof(T));
@@ -85,7 +89,7 @@ class Driver {
     r.mean = take<T>(int64_t(args.norms) * r.padded), r.invstd = take<T>(int64_t(args.norms) * r.padded);
     r.scale = take<T>(int64_t(args.terms_count) * r.padded), r.shift = take<T>(int64_t(args.terms_count) * r.padded);
     if (backward) {
-      r.sums = take<double>(int64_t(r.slots) * (1 + args.terms_count) * r.padded);
+      r.sums = take<double>(int64_t(r.slots) * (args.edges_count + args.terms_count) * r.padded);
       r.chain = take<double>(int64_t(r.slots) * args.stages_count * 2 * r.padded);
       r.coef = take<T>(int64_t(args.stages_count + args.terms_count) * 3 * r.padded);
       r.wgrad = take<T>(r.slots * r.wgrad_size);
@@ -106,9 +110,10 @@ class Driver {
           [&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(forward_level<T>, run, level, scratch, b, e); });
       if (!args_.training) continue;
       for (int k = 0; k < args_.stages_count; ++k)
-        if (run.level[k] == level) finish_moments(args_.stages[k].norm);
+        if (run.level[k] == level) finish_moments(args_.stages[k].norm, args_.stages[k].norm);
       for (int t = 0; level == 0 && t < args_.terms_count; ++t)
-        if (args_.terms[t].norm >= 0 && args_.terms[t].kind != Kind::separable) finish_moments(args_.terms[t].norm);
+        if (args_.terms[t].norm >= 0 && args_.terms[t].kind != Kind::separable)
+          finish_moments(args_.terms[t].norm, args_.terms[run.leader[t]].norm);
     }
     scale_terms();
     each_slot([&](T* scratch, int64_t b, int64_t e) { FASTNAS_CPU_CALL(forward_sum<T>, run, scratch, b, e); });
@@ -154,17 +159,19 @@ class Driver {
     const int V = run.lanes, B = run.blocks;
     for (int k = 0; k < args_.stages_count; ++k) {
       const Stage& s = args_.stages[k];
-      const int64_t n = taps(s), square = int64_t(run.padded) * run.padded;
+      const int64_t n = depthwise_taps(s), m = squares(s), size = m * run.padded * run.padded;
       T* d = run.depthwise[k] = take<T>(n * run.padded);
-      T *p = run.pointwise[k] = take<T>(2 * square), *q = run.pointwise_t[k] = p + square;
+      T *p = run.pointwise[k] = take<T>(2 * size), *q = run.pointwise_t[k] = p + size;
       const T *dw = static_cast<const T*>(s.depthwise), *pw = static_cast<const T*>(s.pointwise);
       for (int64_t c = 0; c < C; ++c)
         for (int64_t t = 0; t < n; ++t) d[(c / V * n + t) * V + c % V] = dw[c * n + t];
       for (int64_t o = 0; o < C; ++o)
-        for (int64_t i = 0; i < C; ++i) {
-          p[((o / V * B + i / V) * V + i % V) * V + o % V] = pw[o * C + i];
-          q[((i / V * B + o / V) * V + o % V) * V + i % V] = pw[o * C + i];
-        }
+        for (int64_t i = 0; i < C; ++i)
+          for (int64_t t = 0; t < m; ++t) {
+            const T value = pw[(o * C + i) * m + t];
+            p[(((o / V * B + i / V) * m + t) * V + i % V) * V + o % V] = value;
+            q[(((i / V * B + o / V) * m + t) * V + o % V) * V + i % V] = value;
+          }
     }
   }
 
@@ -175,13 +182,13 @@ class Driver {
     std::copy_n(invstd, args_.C, run.invstd + int64_t(norm) * run.padded);
   }
 
-  // Combines the slots' moments, in order, into mean, invstd and the unbiased variance.
-  void finish_moments(int norm) {
+  // Combines the slots' moments of `from`, in order, into mean, invstd and the unbiased variance of `norm`.
+  void finish_moments(int norm, int from) {
     const double pixels = double(args_.OH * args_.OW), total = double(args_.N) * pixels;
     for (int64_t c = 0; c < args_.C; ++c) {
       double mean = 0, deviation = 0, n = 0;
       for (int64_t slot = 0; slot < run.slots; ++slot) {
-        const double* m = run.moments + (slot * args_.norms + norm) * 2 * run.padded;
+        const double* m = run.moments + (slot * args_.norms + from) * 2 * run.padded;
         const double own = double(run.first_image(slot + 1) - run.first_image(slot)) * pixels, delta = m[c] - mean;
         mean += delta * own / (n + own);
         deviation += m[run.padded + c] + delta * delta * n * own / (n + own);
@@ -210,23 +217,21 @@ class Driver {
   // From the sums over all slots: the weights' gradients, and A, B, C of every term (of its stage, where it has one).
   void finish_sums() {
     const double total = double(args_.N * args_.OH * args_.OW);
-    const int64_t size = int64_t(1 + args_.terms_count) * run.padded;
+    const int64_t size = int64_t(args_.edges_count + args_.terms_count) * run.padded;
     for (int64_t slot = 1; slot < run.slots; ++slot)
       for (int64_t i = 0; i < size; ++i) run.sums[i] += run.sums[slot * size + i];
-    T* grad_weights = static_cast<T*>(args_.grad_weights);
-    if (grad_weights) std::fill_n(grad_weights, args_.candidates, T(0));
     for (int t = 0; t < args_.terms_count; ++t) {
       const Term& term = args_.terms[t];
       const double w = static_cast<double>(static_cast<const T*>(args_.weights)[term.weight]);
       T* coef = run.coef + int64_t(term.kind == Kind::separable ? term.stage : args_.stages_count + t) * 3 * run.padded;
+      const double *g = run.sums + term.edge * run.padded, *gz = run.sums + (args_.edges_count + t) * run.padded;
       double dot = 0;
       for (int64_t c = 0; c < args_.C; ++c) {
-        const double sg = run.sums[c], sgz = run.sums[(1 + t) * run.padded + c];
         const double r = term.norm < 0 ? 1 : static_cast<double>(run.invstd[term.norm * run.padded + c]);
-        dot += sgz * r;
-        set_coef(coef + c, w * r, term.norm >= 0, r * r * sgz / total, sg / total);
+        dot += gz[c] * r;
+        set_coef(coef + c, w * r, term.norm >= 0, r * r * gz[c] / total, g[c] / total);
       }
-      if (grad_weights) grad_weights[term.weight] = static_cast<T>(dot);
+      static_cast<T*>(args_.grad_weights)[term.weight] = static_cast<T>(dot);
     }
   }
 
@@ -268,13 +273,15 @@ class Driver {
     for (int k = 0; k < args_.stages_count; ++k) {
       const Stage& s = args_.stages[k];
       if (!s.grad_pointwise) continue;
-      const int64_t n = taps(s);
+      const int64_t n = depthwise_taps(s), m = squares(s);
       const T *d = run.wgrad + run.wgrad_depthwise[k], *p = run.wgrad + run.wgrad_pointwise[k];
       T *dw = static_cast<T*>(s.grad_depthwise), *pw = static_cast<T*>(s.grad_pointwise);
       for (int64_t c = 0; c < C; ++c)
         for (int64_t t = 0; t < n; ++t) dw[c * n + t] = d[(c / V * n + t) * V + c % V];
       for (int64_t o = 0; o < C; ++o)
-        for (int64_t i = 0; i < C; ++i) pw[o * C + i] = p[((o / V * B + i / V) * V + i % V) * V + o % V];
+        for (int64_t i = 0; i < C; ++i)
+          for (int64_t t = 0; t < m; ++t)
+            pw[(o * C + i) * m + t] = p[(((o / V * B + i / V) * m + t) * V + i % V) * V + o % V];
     }
   }
 
@@ -284,22 +291,28 @@ class Driver {
   std::vector<std::unique_ptr<void, decltype(&std::free)>> memory_;
 };
 
-// Bytes that must move, by hand: x and each stage output once in and once out, and the result.
+// Bytes that must move, by hand: x and each stage's output once in and once out, the maps, and the edges' sums.
 template <class T>
-int64_t map_bytes(const MixedOpArgs& a, int64_t in_maps, int64_t out_maps) {
-  return static_cast<int64_t>(sizeof(T)) * a.N * a.C * (in_maps * a.H * a.W + out_maps * a.OH * a.OW);
+int64_t map_bytes(const MixedOpArgs& a, bool backward) {
+  int64_t in = backward ? 1 + (a.grad_x ? 1 + (a.grad_add != nullptr) : 0) : 1, out = a.edges_count;
+  out += backward ? a.stages_count : 2 * a.stages_count;
+  for (int k = 0; backward && k < a.stages_count; ++k) out += a.stages[k].grad_norm ? 2 : 0;
+  for (int e = 0; e < a.edges_count; ++e) out += !backward && a.edges[e].add;
+  for (int t = 0; t < a.terms_count; ++t)
+    if (a.terms[t].kind == Kind::map) out += a.terms[t].grad ? 2 : 1;
+  return static_cast<int64_t>(sizeof(T)) * a.N * a.C * (in * a.H * a.W + out * a.OH * a.OW);
 }
 }  // namespace
 
 template <class T>
 void mixed_op(const MixedOpArgs& args, Parallel parallel) {
-  count("mixed_op", map_bytes<T>(args, 1, 1 + 2 * args.stages_count));
+  count("mixed_op", map_bytes<T>(args, false));
   Driver<T>(args, parallel, false).forward();
 }
 
 template <class T>
 void mixed_op_backward(const MixedOpArgs& args, Parallel parallel) {
-  count("mixed_op_backward", map_bytes<T>(args, 2, 1 + 2 * args.stages_count));
+  count("mixed_op_backward", map_bytes<T>(args, true));
   Driver<T>(args, parallel, true).backward();
 }
 

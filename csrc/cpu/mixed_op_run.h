@@ -25,11 +25,12 @@ struct Run {
   int halo, slots;
   int group;              // output rows that are taken through depthwise and pointwise together
   bool pools;             // some term is a pool
+  int leader[kMaxTerms];  // see leader() in mixed_op.h
   int level[kMaxStages];  // how many stages come before this one
   int levels;
 
   // Packed weights by stage: depthwise [block][tap][lane]; pointwise [out block][in block][in lane][out lane], and
-  // transposed [in block][out block][out lane][in lane].
+  // transposed [in block][out block][out lane][in lane]; dense ones have such a square for each tap: [.][.][tap][.][.].
   T* depthwise[kMaxStages];
   T* pointwise[kMaxStages];
   T* pointwise_t[kMaxStages];
@@ -40,7 +41,7 @@ struct Run {
   T* scale;  // [term][padded]: weight * invstd, or weight
   T* shift;  // [term][padded]: mean, or 0
 
-  double* sums;   // [slot][1 + terms][padded]: sum g, then sum g * (src - mean) of each term
+  double* sums;   // [slot][edges + terms][padded]: sum g of each edge, then sum g * (src - mean) of each term
   double* chain;  // [slot][stage][2][padded]: sum d, sum d * (z - mean), d = d/d(normalised output of the stage)
   T* coef;        // [stages + terms][3][padded]: d/d(src) = A * (g + B * (src - mean) + C)
   T* wgrad;       // [slot][wgrad_size]: gradients of the packed weights
@@ -48,8 +49,10 @@ struct Run {
 
   int64_t first_image(int64_t slot) const { return slot * args->N / slots; }
   int channels(int block) const { return block + 1 < blocks ? lanes : tail; }
-  int64_t in_image() const { return args->H * args->W * args->C; }
+  // Elements of one image of x, of a map, of an edge's sum.
+  int64_t in_image() const { return args->H * args->W * args->x_step; }
   int64_t out_image() const { return args->OH * args->OW * args->C; }
+  int64_t edge_image(int edge) const { return args->OH * args->OW * args->edges[edge].step; }
   Grid in_grid() const { return {int(args->H), int(args->W), halo, lanes}; }
   Grid out_grid() const { return {int(args->OH), int(args->OW), halo, lanes}; }
   Grid source_grid(int stage) const { return args->stages[stage].source < 0 ? in_grid() : out_grid(); }
@@ -61,8 +64,8 @@ struct Run {
     return blocks * (a > b ? a : b);
   }
   int64_t scratch_group() const { return int64_t(blocks) * group * args->OW * lanes; }
-  int64_t scratch_rows() const { return (2 * (args->W + 2) + 2 * args->OW) * lanes; }
-  int64_t scratch_sums() const { return (8 + kMaxTerms) * int64_t(padded); }
+  int64_t scratch_rows() const { return (2 * (args->W + 2) + 11 * args->OW) * lanes; }
+  int64_t scratch_sums() const { return (7 + args->edges_count + args->terms_count) * int64_t(padded); }
   int64_t scratch_size() const {
     return 3 * scratch_map() + 2 * scratch_group() + scratch_rows() + scratch_sums() + 3 * pool_grid().block();
   }

@@ -2,7 +2,18 @@
 
 from fastnas.nn.cells import Cell
 from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Supernet
 from fastnas.nn.operations import OPS, PRIMITIVES, primitive
 from fastnas.nn.supernet import Supernet
 
-__all__ = ["OPS", "PRIMITIVES", "Cell", "MixedOp", "Supernet", "primitive"]
+__all__ = [
+    "NASBENCH201_PRIMITIVES",
+    "OPS",
+    "PRIMITIVES",
+    "Cell",
+    "MixedOp",
+    "NASBench201Cell",
+    "NASBench201Supernet",
+    "Supernet",
+    "primitive",
+]

@@ -11,6 +11,7 @@ from typing import Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn.batch_norm import foldable, special, tracks, update_statistics
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
 from fastnas.nn.widen import widen
 from fastnas.ops.mixed_op import SEPARABLE, Candidate, mixed_op
@@ -168,7 +169,7 @@ class _Plan:
         self.convs = [c for e in self.entries for c in e.convs]
         self.heads = [e.head for e in self.entries if e.head is not None]
         self.eps = [n.eps for n in self.norms]
-        self.tracked = [n for n in self.norms if n.training and n.track_running_stats and n.running_mean is not None]
+        self.tracked = [n for n in self.norms if tracks(n)]
         self.rows = [i for i, n in enumerate(self.norms) if n in self.tracked]
         self.ops = owner._ops
         self.inside = list(owner._ops.modules())
@@ -207,7 +208,8 @@ class _Plan:
         if self.tracked and n:
             assert result.mean is not None
             assert result.variance is not None
-            self._update(result.mean, result.variance)
+            means, variances = result.mean.unbind(0), result.variance.unbind(0)
+            update_statistics(self.tracked, [means[i] for i in self.rows], [variances[i] for i in self.rows])
         return result.y
 
     def _run_apart(self, x: Tensor, weights: Tensor, maps: list[Tensor]) -> Tensor:
@@ -223,28 +225,6 @@ class _Plan:
             outputs.append(entry.norms[0](z) if entry.norms else z)
         return _sum_apart(outputs, weights)
 
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        """Updates the running statistics as torch.nn.BatchNorm2d does."""
-        tracked = self.tracked
-        counts = [n.num_batches_tracked for n in tracked if n.num_batches_tracked is not None]
-        if counts:
-            torch._foreach_add_(counts, 1)
-        means, variances = mean.unbind(0), variance.unbind(0)
-        for momentum in {n.momentum for n in tracked}:
-            chosen = [(n, row) for n, row in zip(tracked, self.rows, strict=True) if n.momentum == momentum]
-            for old, new in (
-                ([n.running_mean for n, _ in chosen], [means[row] for _, row in chosen]),
-                ([n.running_var for n, _ in chosen], [variances[row] for _, row in chosen]),
-            ):
-                buffers = [b for b in old if b is not None]
-                new = [v.to(b.dtype) for v, b in zip(new, buffers, strict=True)]
-                if momentum is not None:
-                    torch._foreach_lerp_(buffers, new, momentum)
-                    continue
-                for (norm, _), buffer, value in zip(chosen, buffers, new, strict=True):  # cumulative average
-                    assert norm.num_batches_tracked is not None
-                    buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
-
 
 def _sum_apart(outputs: list[Tensor], weights: Tensor) -> Tensor:
     """The sum of outputs that may differ in dtype (under autocast), as torch would promote them."""
@@ -256,22 +236,16 @@ def _facts(m: nn.Module) -> tuple[object, ...]:
     """What :func:`_describe` reads of a module: a plan holds while none of it changes."""
     if type(m) is nn.BatchNorm2d:
         affine = m.weight is not None or m.bias is not None
-        return (_special(m), m.training, m.eps, m.num_features, m.track_running_stats, m.running_mean is None, affine)
+        return (special(m), m.training, m.eps, m.num_features, m.track_running_stats, m.running_mean is None, affine)
     if type(m) is nn.Conv2d:
-        return (_special(m), m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is None)
-    return (_special(m), type(m), *m._modules.values())
-
-
-def _special(m: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in m.__dict__
+        return (special(m), m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is None)
+    return (special(m), type(m), *m._modules.values())
 
 
 def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
     """Finds what of ``op`` the fused op can take over; anything unusual makes it a map that is simply called."""
     whole = _Entry(Candidate("map"), head=op)
-    if any(map(_special, op.modules())):
+    if any(map(special, op.modules())):
         return whole
     if type(op) is Zero and op.stride == stride:
         return _Entry(Candidate("none"))
@@ -279,7 +253,7 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
         return _Entry(Candidate("skip")) if stride == 1 else whole
     layers = _layers(op)
     if layers is None:
-        if type(op) is FactorizedReduce and _foldable(op.bn, training):
+        if type(op) is FactorizedReduce and foldable(op.bn, training):
             return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce)
         return whole
     pool = _pool(layers[0], stride)
@@ -287,13 +261,13 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
         if len(layers) == 1:
             return _Entry(Candidate(pool))
         norm = layers[1]
-        if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and _foldable(norm, training):
+        if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and foldable(norm, training):
             return _Entry(Candidate(pool, norm=True), (norm,))
     separable = _separable(layers, stride, training)
     if separable is not None:
         return separable
     last = layers[-1]
-    if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and _foldable(last, training):
+    if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and foldable(last, training):
         return _Entry(Candidate("map", norm=True), (last,), head=nn.Sequential(*layers[:-1]))
     return whole
 
@@ -307,17 +281,6 @@ def _layers(op: nn.Module) -> list[nn.Module] | None:
         layers = [layer for part in nested if part is not None for layer in part]
         return layers if layers and None not in nested else None
     return [op] if not isinstance(op, FactorizedReduce) else None
-
-
-def _foldable(norm: nn.Module, training: bool) -> bool:
-    """Whether it is a plain batch norm without parameters that takes the statistics the fused op will give it."""
-    return (
-        type(norm) is nn.BatchNorm2d
-        and norm.weight is None
-        and norm.bias is None
-        and norm.training == training
-        and (training or norm.running_mean is not None)
-    )
 
 
 def _pool(m: nn.Module, stride: int) -> Literal["max_pool", "avg_pool"] | None:
@@ -346,7 +309,7 @@ def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry |
         act, dw, pw, norm = layers[i : i + 4]
         if type(act) is not nn.ReLU or type(dw) is not nn.Conv2d or type(pw) is not nn.Conv2d:
             return None
-        if not isinstance(norm, nn.BatchNorm2d) or not _foldable(norm, training):
+        if not isinstance(norm, nn.BatchNorm2d) or not foldable(norm, training):
             return None
         channels, kernel, dilation = dw.in_channels, dw.kernel_size[0], dw.dilation[0]
         expected_stride = stride if i == 0 else 1

@@ -1,4 +1,4 @@
-"""The candidate operations of DARTS' convolutional space (arXiv:1806.09055, section 3.1) and their registry.
+"""The candidate operations of DARTS' (arXiv:1806.09055, section 3.1) and NAS-Bench-201's spaces and their registry.
 
 Attributes and indices are named as in the published code, so that its checkpoints load with ``strict=True``. An
 operation of your own registers itself::
@@ -10,10 +10,14 @@ operation of your own registers itself::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from fastnas.nn.batch_norm import normalise, special
+from fastnas.ops.relu_pointwise import relu_pointwise
 
 Builder = Callable[[int, int, bool], nn.Module]
 
@@ -49,8 +53,33 @@ def primitive(name: str) -> Callable[[Builder], Builder]:
     return register
 
 
+def _is_pointwise(m: nn.Module, stride: int) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a plain 1x1 convolution of this stride without a bias."""
+    return (
+        type(m) is nn.Conv2d
+        and not special(m)
+        and (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (stride, stride), (0, 0), 1)
+        and m.bias is None
+    )
+
+
+def _relu_pointwise(x: Tensor, relu: nn.Module, convs: Sequence[nn.Module], stride: int) -> Tensor | None:
+    """The convolutions of relu(x) side by side, from the fused op; None where that would not be what the modules do."""
+    weights: list[Tensor] = [c.weight for c in convs if _is_pointwise(c, stride)]
+    if x.dim() != 4 or type(relu) is not nn.ReLU or relu.inplace or special(relu) or len(weights) < len(convs):
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+    return relu_pointwise(x, weights, stride)
+
+
 class ReLUConvBN(nn.Module):
-    """ReLU, convolution, batch norm."""
+    """ReLU, convolution, batch norm.
+
+    A plain 1x1 convolution of stride 1 is computed together with its ReLU, and a ``BatchNorm2d(affine=False)`` by the
+    fused op. Whatever has hooks, is of another class or has another forward is called.
+    """
 
     def __init__(self, C_in: int, C_out: int, kernel_size: int, stride: int, padding: int, affine: bool = True) -> None:
         super().__init__()
@@ -62,6 +91,11 @@ class ReLUConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (N, C_out, H', W') from (N, C_in, H, W)."""
+        layers = list(self.op) if type(self.op) is nn.Sequential and not special(self.op) else []
+        if len(layers) == 3:
+            z = _relu_pointwise(x, layers[0], layers[1:2], 1)
+            if z is not None:
+                return normalise(layers[2], z)
         y: Tensor = self.op(x)
         return y
 
@@ -136,7 +170,10 @@ class Zero(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """ReLU, two pointwise convolutions of stride 2, the second one pixel further down and right, and batch norm."""
+    """ReLU, two pointwise convolutions of stride 2, the second one pixel further down and right, and batch norm.
+
+    Computed by the fused ops as :class:`ReLUConvBN` is, where its parts are the plain ones.
+    """
 
     def __init__(self, C_in: int, C_out: int, affine: bool = True) -> None:
         super().__init__()
@@ -153,8 +190,7 @@ class FactorizedReduce(nn.Module):
         Raises:
             ValueError: where H or W is odd.
         """
-        y: Tensor = self.bn(self.reduce(x))
-        return y
+        return normalise(self.bn, self.reduce(x))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Returns the forward's result from before the batch norm."""
@@ -163,6 +199,9 @@ class FactorizedReduce(nn.Module):
                 f"FactorizedReduce: x has height {x.shape[2]} and width {x.shape[3]}, both must be even: pad or resize "
                 "the images to a multiple of 2 for every reduction cell (of 4 in the DARTS space)"
             )
+        z = _relu_pointwise(x, self.relu, (self.conv_1, self.conv_2), 2)
+        if z is not None:
+            return z
         x = self.relu(x)
         return torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
 
@@ -220,3 +259,13 @@ def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
         nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
         nn.BatchNorm2d(C, affine=affine),
     )
+
+
+@primitive("nor_conv_1x1")
+def _nor_conv_1x1(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 1, stride, 0, affine)
+
+
+@primitive("nor_conv_3x3")
+def _nor_conv_3x3(C: int, stride: int, affine: bool) -> nn.Module:
+    return ReLUConvBN(C, C, 3, stride, 1, affine)

@@ -19,10 +19,11 @@ from fastnas import _library
 from fastnas._library import Backend
 from fastnas.ops import _common
 
-Kind = Literal["none", "skip", "max_pool", "avg_pool", "separable", "map"]
-_KINDS: tuple[Kind, ...] = ("none", "skip", "max_pool", "avg_pool", "separable", "map")  # enum Kind in csrc/mixed_op.h
+Kind = Literal["none", "skip", "max_pool", "avg_pool", "separable", "map", "conv"]
+_KINDS: tuple[Kind, ...] = ("none", "skip", "max_pool", "avg_pool", "separable", "map", "conv")  # csrc/mixed_op.h
 SEPARABLE = {(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)}  # (kernel, dilation) that have a kernel
-_MAX_TERMS = 24  # kMaxTerms and kMaxStages in csrc/mixed_op.h
+CONV = {(1, 1), (3, 1)}
+MAX_EDGES, MAX_STAGES, MAX_TERMS = 8, 32, 40  # csrc/mixed_op.h: of all edges that leave one state
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Candidate:
 
     ``none``: zeros. ``skip``: the input. ``max_pool``, ``avg_pool``: 3x3, padding 1, padding not counted.
     ``separable``: ``stages`` times ReLU, depthwise ``kernel`` x ``kernel`` with ``dilation`` (same padding), pointwise,
-    batch norm; the edge's stride is the first stage's. ``map``: a tensor computed outside.
+    batch norm; the edge's stride is the first stage's. ``conv``: the same with one dense ``kernel`` x ``kernel``
+    convolution in the place of the two. ``map``: a tensor computed outside.
 
     Attributes:
         kind: what it is.
-        norm: whether a batch norm (no affine parameters) ends it; a separable candidate always has one a stage.
-        kernel: width of the depthwise kernels.
+        norm: whether a batch norm (no affine parameters) ends it; a convolutional candidate always has one a stage.
+        kernel: width of the depthwise or dense kernels.
         dilation: of the depthwise kernels.
         stages: 1 for a dilated convolution, 2 for DARTS' separable convolution.
     """
@@ -50,10 +52,11 @@ class Candidate:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind is {self.kind!r}: expected one of {', '.join(_KINDS)}")
-        if self.kind == "separable" and ((self.kernel, self.dilation) not in SEPARABLE or self.stages < 1):
+        known = {"separable": SEPARABLE, "conv": CONV}.get(self.kind)
+        if known is not None and ((self.kernel, self.dilation) not in known or self.stages < 1):
             raise ValueError(
-                f"no separable candidate with kernel {self.kernel}, dilation {self.dilation}, {self.stages} stages: "
-                f"(kernel, dilation) is one of {sorted(SEPARABLE)} and there is at least one stage"
+                f"no {self.kind} candidate with kernel {self.kernel}, dilation {self.dilation}, {self.stages} stages: "
+                f"(kernel, dilation) is one of {sorted(known)} and there is at least one stage"
             )
         if self.norm and self.kind in ("none", "skip"):
             raise ValueError(f"a candidate of kind {self.kind!r} has no batch norm")
@@ -61,7 +64,19 @@ class Candidate:
     @property
     def norms(self) -> int:
         """How many batch norms it has."""
-        return self.stages if self.kind == "separable" else int(self.norm)
+        return self.stages or int(self.norm)
+
+    @property
+    def row(self) -> tuple[int, int, int, int, int]:
+        """What the native ops are told of it: a row of their plan."""
+        return (_KINDS.index(self.kind), int(self.norm), self.kernel, self.dilation, self.stages)
+
+    def shapes(self, c: int) -> list[tuple[int, int, int, int]]:
+        """The shapes of its parameters on ``c`` channels, in order."""
+        k = self.kernel
+        if self.kind == "conv":
+            return [(c, c, k, k)] * self.stages
+        return [(c, 1, k, k), (c, c, 1, 1)] * self.stages
 
 
 class MixedOpResult(NamedTuple):
@@ -122,11 +137,14 @@ def mixed_op_reference(
         else:
             z = x
             for s in range(c.stages):
+                step, pad = stride if s == 0 else 1, c.dilation * (c.kernel - 1) // 2
+                if c.kind == "conv":
+                    z = norm(F.conv2d(F.relu(z), rest_params.pop(0), None, step, pad))
+                    continue
                 dw, pw = rest_params.pop(0), rest_params.pop(0)
-                pad = c.dilation * (c.kernel - 1) // 2
-                z = F.conv2d(F.relu(z), dw, None, stride if s == 0 else 1, pad, c.dilation, x.shape[1])
+                z = F.conv2d(F.relu(z), dw, None, step, pad, c.dilation, x.shape[1])
                 z = norm(F.conv2d(z, pw))
-        total = total + w * (norm(z) if c.norm and c.kind != "separable" else z)
+        total = total + w * (norm(z) if c.norm and not c.stages else z)
     if total.dim() == 0:
         total = (x[:, :, ::stride, ::stride] * 0) + total
     if statistics is not None:
@@ -200,13 +218,14 @@ def mixed_op(
 
     Batch norms are numbered by candidate, then by stage. Their statistics are the batch's (each then needs more than
     one value a channel), or those given. The result is in channels_last memory where a native backend runs; edges of
-    more than 24 candidates run on the reference.
+    more than 40 candidates, or 32 stages, run on the reference.
 
     Args:
         x: shape (N, C, H, W).
         weights: shape (len(candidates),), any floating dtype.
         candidates: the edge's operations, in the order of ``weights``.
-        params: of each stage of each separable candidate the depthwise (C, 1, k, k) and pointwise (C, C, 1, 1) weights.
+        params: of each stage of each separable candidate the depthwise (C, 1, k, k) and pointwise (C, C, 1, 1) weights,
+            of each stage of each conv candidate its (C, C, k, k).
         maps: of each candidate of kind ``map`` its tensor (N, C, OH, OW), from before its batch norm where it has one.
         stride: 1 or 2; OH = ceil(H / stride), OW likewise.
         eps: of the batch norms: one for all, or one each.
@@ -218,29 +237,19 @@ def mixed_op(
     """
     _check(x, weights, candidates, params, maps, stride)
     norms = sum(c.norms for c in candidates)
-    eps = [float(eps)] * norms if isinstance(eps, (int, float)) else list(eps)
-    if len(eps) != norms:
-        raise ValueError(f"eps has {len(eps)} entries for {norms} batch norms")
-    if statistics is not None and any(s.shape != (norms, x.shape[1]) for s in statistics):
-        raise ValueError(f"statistics must be two tensors of shape ({norms}, {x.shape[1]}): one row a batch norm")
-    oh, ow = -(-x.shape[2] // stride), -(-x.shape[3] // stride)
-    if norms and statistics is None and x.shape[0] * oh * ow == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got input size "
-            f"{torch.Size((x.shape[0], x.shape[1], oh, ow))}"  # the words of torch's batch norm
-        )
+    out = (x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+    eps = check_norms(norms, eps, statistics, out)
     ops = _library.namespace(backend, x)
-    if ops is None or x.numel() == 0 or len(candidates) > _MAX_TERMS or len(params) > 2 * _MAX_TERMS:
+    stages = sum(c.stages for c in candidates)
+    if ops is None or x.numel() == 0 or len(candidates) > MAX_TERMS or stages > MAX_STAGES:
         return mixed_op_reference(x, weights, candidates, params, maps, stride, eps, statistics)
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu" and ops is torch.ops.fastnas:
         x = x.float()  # the CPU kernels take float32 and float64
     compute = _common.compute_dtype(x)
     if statistics is not None:
-        mean, variance = (s.to(compute) for s in statistics)
-        invstd = torch.rsqrt(variance + torch.tensor(eps, dtype=compute, device=x.device)[:, None])
-        statistics = (mean.contiguous(), invstd)
-    plan = [v for c in candidates for v in (_KINDS.index(c.kind), int(c.norm), c.kernel, c.dilation, c.stages)]
+        statistics = mean_and_invstd(statistics, eps, compute)
+    plan = [v for c in candidates for v in c.row]
     y, batch_mean, batch_variance = _MixedOp.apply(  # type: ignore[no-untyped-call]
         *(ops, plan, stride, eps, statistics, (len(params), len(maps))),
         x.contiguous(memory_format=torch.channels_last),
@@ -250,6 +259,35 @@ def mixed_op(
     )
     y = y.to(dtype)
     return MixedOpResult(y, None, None) if statistics is not None else MixedOpResult(y, batch_mean, batch_variance)
+
+
+def check_norms(
+    norms: int, eps: Sequence[float] | float, statistics: tuple[Tensor, Tensor] | None, out: tuple[int, int, int, int]
+) -> list[float]:
+    """Returns one eps for each of ``norms`` batch norms of maps of shape ``out``.
+
+    Raises:
+        ValueError: where eps or statistics do not fit, or the batch is too small to take statistics of.
+    """
+    eps = [float(eps)] * norms if isinstance(eps, (int, float)) else list(eps)
+    if len(eps) != norms:
+        raise ValueError(f"eps has {len(eps)} entries for {norms} batch norms")
+    if statistics is not None and any(s.shape != (norms, out[1]) for s in statistics):
+        raise ValueError(f"statistics must be two tensors of shape ({norms}, {out[1]}): one row a batch norm")
+    if norms and statistics is None and out[0] * out[2] * out[3] == 1:
+        raise ValueError(  # the words of torch's batch norm
+            f"Expected more than 1 value per channel when training, got input size {torch.Size(out)}"
+        )
+    return eps
+
+
+def mean_and_invstd(
+    statistics: tuple[Tensor, Tensor], eps: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns the mean and 1 / sqrt(variance + eps) of given statistics, as the native ops take them."""
+    mean, variance = (s.to(dtype) for s in statistics)
+    invstd = torch.rsqrt(variance + torch.tensor(eps, dtype=dtype, device=mean.device)[:, None])
+    return mean.contiguous(), invstd
 
 
 def _check(
@@ -271,9 +309,7 @@ def _check(
     n, c, h, w = x.shape
     if stride == 2 and any(o.kind == "skip" for o in candidates):
         raise ValueError("a skip candidate returns its input, which stride 2 does not allow: pass it as a map")
-    shapes = [
-        s for o in candidates if o.kind == "separable" for s in ((c, 1, o.kernel, o.kernel), (c, c, 1, 1)) * o.stages
-    ]
+    shapes = [s for o in candidates for s in o.shapes(c)]
     for name, tensors, expected in (
         ("params", params, shapes),
         ("maps", maps, [(n, c, -(-h // stride), -(-w // stride))] * sum(o.kind == "map" for o in candidates)),
@@ -309,7 +345,7 @@ def _fake(
     def statistic() -> Tensor:
         return x.new_empty((len(eps) if mean is None else 0, c), dtype=_common.compute_dtype(x))
 
-    return out(), [out() for _ in range(len(params) // 2)], statistic(), statistic(), statistic()
+    return out(), [out() for _ in range(sum(plan[4::5]))], statistic(), statistic(), statistic()
 
 
 def _fake_backward(

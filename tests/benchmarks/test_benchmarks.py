@@ -38,7 +38,7 @@ def test_benchmarks_report_every_variant(tmp_path: Path) -> None:
     groups = defaultdict(dict)
     for bench in report["benchmarks"]:
         groups[bench["group"]][bench["extra_info"]["variant"]] = bench
-    assert len(groups) == 7
+    assert len(groups) == 9
     for name, variants in groups.items():
         assert set(variants) == {"fastnas", "eager", "eager channels_last"}
         assert name in done.stdout
@@ -46,6 +46,7 @@ def test_benchmarks_report_every_variant(tmp_path: Path) -> None:
             assert bench["stats"]["rounds"] == len(bench["stats"]["data"]) == 3
             assert bench["stats"]["median"] > 0
             assert bench["extra_info"]["quick"]
+            assert "compile_seconds" not in bench["extra_info"]
             assert bench["extra_info"]["peak_bytes"] >= bench["extra_info"]["held_bytes"] > 0
     mixed_op = groups["MixedOp (4, 16, 8, 8) stride 1"]
     saved = {name: bench["extra_info"]["saved_bytes"] for name, bench in mixed_op.items()}

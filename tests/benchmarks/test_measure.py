@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
-from benchmarks import measure, plain  # noqa: E402
+from benchmarks import measure, plain, supernets  # noqa: E402
 from benchmarks.measure import MIB, Variant  # noqa: E402
-from fastnas.nn import MixedOp, Supernet  # noqa: E402
+from fastnas.nn import MixedOp, NASBench201Supernet, Supernet  # noqa: E402
 
 
 def test_memory_of_known_allocations() -> None:
@@ -106,9 +108,49 @@ def test_plain_and_fused_agree(k: int) -> None:
     assert max(measure.errors(fused, plain_outcome)) < 1e-9
 
 
-def test_plain_supernet_has_the_same_state() -> None:
-    theirs, ours = plain.Supernet(4, 3).state_dict(), Supernet(4, 3).state_dict()
+SUPERNETS = {
+    "DARTS": (plain.Supernet(4, 3), Supernet(4, 3)),
+    "PC-DARTS": (plain.Supernet(8, 3, k=4), Supernet(8, 3, k=4)),
+    "other nodes": (
+        plain.Supernet(4, 3, steps=2, primitives=plain.PRIMITIVES[:3]),
+        Supernet(4, 3, steps=2, multiplier=2, primitives=plain.PRIMITIVES[:3]),
+    ),
+    "NAS-Bench-201": (plain.NASBench201Supernet(4, 1), NASBench201Supernet(4, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_plain_supernet_has_the_same_state(name: str) -> None:
+    theirs, ours = (net.state_dict() for net in SUPERNETS[name])
     assert {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in ours.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns about torch's own code
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [("DARTS", 5), ("PC-DARTS", 6), ("NAS-Bench-201", 3)],
+)
+def test_equal_parts_of_a_supernet_share_a_compiled_graph(
+    name: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile sees one graph for each shape, however many MixedOps or cells there are."""
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+    variant = supernets.loss_on_a_batch(
+        *(supernets.SPACES[name], "compiled channels_last", torch.float32, "cpu"),
+        **{"batch": 2, "channels": 8, "cells": 3, "size": 16},
+        theirs={"k": 4} if name == "PC-DARTS" else {},
+    )
+    variant.step()
+    variant.step()
+    assert len(seen) == graphs
 
 
 def test_contest_measures_all_variants() -> None:
@@ -125,6 +167,7 @@ def test_contest_measures_all_variants() -> None:
     for result in results.values():
         assert len(result.seconds) == 3
         assert min(result.seconds) > 0
+        assert result.first > 0
         assert 0 < result.error < 1e-5
         assert 0 < result.gradient_error < 1e-4
         assert result.peak >= result.held > 0

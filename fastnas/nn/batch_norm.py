@@ -1,0 +1,81 @@
+"""What the fused ops take over of batch norms without parameters: who may be folded, and how its statistics move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastnas import _library
+from fastnas.ops.mixed_op import Candidate, mixed_op
+
+
+def special(m: nn.Module) -> bool:
+    """Tells whether calling the module does more than its class says: it has hooks, or a forward of its own."""
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in m.__dict__
+
+
+def foldable(norm: nn.Module, training: bool) -> bool:
+    """Tells whether it is a plain batch norm without parameters that takes the statistics a fused op will give it."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.weight is None
+        and norm.bias is None
+        and norm.training == training
+        and (training or norm.running_mean is not None)
+    )
+
+
+def tracks(norm: nn.BatchNorm2d) -> bool:
+    """Tells whether a call of the norm updates its running statistics."""
+    return norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
+def update_statistics(norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+    """Updates the running statistics of norms as torch.nn.BatchNorm2d does.
+
+    Args:
+        norms: norms that :func:`tracks` holds for.
+        means: of each norm the batch's, (C,).
+        variances: of each norm the batch's, unbiased, (C,).
+    """
+    counts = [n.num_batches_tracked for n in norms if n.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    for momentum in {n.momentum for n in norms}:
+        chosen = [entry for entry in zip(norms, means, variances, strict=True) if entry[0].momentum == momentum]
+        for old, new in (
+            ([n.running_mean for n, _, _ in chosen], [mean for _, mean, _ in chosen]),
+            ([n.running_var for n, _, _ in chosen], [variance for _, _, variance in chosen]),
+        ):
+            buffers = [b for b in old if b is not None]
+            new = [v.to(b.dtype) for v, b in zip(new, buffers, strict=True)]
+            if momentum is not None:
+                torch._foreach_lerp_(buffers, new, momentum)
+                continue
+            for (norm, *_), buffer, value in zip(chosen, buffers, new, strict=True):  # cumulative average
+                assert norm.num_batches_tracked is not None
+                buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
+
+
+def normalise(norm: nn.Module, z: Tensor) -> Tensor:
+    """Returns ``norm(z)``, from the native op where the norm is a plain one without parameters."""
+    plain = not special(norm) and foldable(norm, norm.training) and norm.num_features == z.shape[1]
+    if not plain or z.dim() != 4 or z.numel() == 0 or _library.namespace(None, z) is None:
+        return norm(z)  # type: ignore[no-any-return]
+    assert isinstance(norm, nn.BatchNorm2d)
+    statistics = None
+    if not norm.training:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics = (norm.running_mean[None], norm.running_var[None])
+    result = mixed_op(
+        *(z.detach(), z.new_ones(1), (Candidate("map", norm=True),)), maps=[z], eps=norm.eps, statistics=statistics
+    )
+    if tracks(norm):
+        assert result.mean is not None
+        assert result.variance is not None
+        update_statistics([norm], result.mean.unbind(0), result.variance.unbind(0))
+    return result.y

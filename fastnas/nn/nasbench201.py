@@ -1,0 +1,142 @@
+"""The search cell and the supernet of NAS-Bench-201 (arXiv:2001.00326, section 2.1)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.operations import OPS, ReLUConvBN
+
+NASBENCH201_PRIMITIVES: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+"""The five candidates of NAS-Bench-201, in the published order (the columns of ``alphas``)."""
+
+
+class NASBench201Cell(nn.Module):
+    """A cell of densely connected nodes, whose every edge is a MixedOp of stride 1.
+
+    Node 0 is the input; node i = Σ_j MixedOp_(i, j)(node j) over all j < i; the last node is the output. Edges are
+    ordered by (node, input). The average pool has no batch norm here, unlike that of DARTS.
+
+    Args:
+        C: channels of every node.
+        nodes: number of nodes, the input included.
+        primitives: the candidates of an edge.
+
+    Raises:
+        ValueError: where there is no edge, or a primitive is not known.
+    """
+
+    def __init__(self, C: int, nodes: int = 4, *, primitives: Sequence[str] = NASBENCH201_PRIMITIVES) -> None:
+        super().__init__()
+        if nodes < 2:
+            raise ValueError(f"nodes={nodes} must be at least 2: the input and the output")
+        unknown = [p for p in primitives if p not in OPS]
+        if isinstance(primitives, str) or unknown:
+            raise ValueError(f"primitives: {unknown or primitives!r} not known; choose from {', '.join(OPS)}")
+        self._nodes = nodes
+        self._ops = nn.ModuleList(
+            MixedOp([OPS[p](C, 1, False) for p in primitives]) for i in range(1, nodes) for _ in range(i)
+        )
+
+    def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns the last node, shaped as ``x``.
+
+        Args:
+            x: (N, C, H, W).
+            weights: (E, O), or E rows of O.
+        """
+        states = [x]
+        edge = 0
+        for _ in range(1, self._nodes):
+            ends = [self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states)]
+            edge += len(ends)
+            states.append(functools.reduce(operator.add, ends))
+        return states[-1]
+
+
+class ResidualReduction(nn.Module):
+    """Halves height and width: two 3x3 convolutions, beside a 2x2 average pool and a 1x1 convolution."""
+
+    def __init__(self, C_in: int, C_out: int) -> None:
+        super().__init__()
+        self.conv_a = ReLUConvBN(C_in, C_out, 3, 2, 1)
+        self.conv_b = ReLUConvBN(C_out, C_out, 3, 1, 1)
+        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(C_in, C_out, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, C_out, H / 2, W / 2) from (N, C_in, H, W), H and W even."""
+        y: Tensor = self.downsample(x) + self.conv_b(self.conv_a(x))
+        return y
+
+
+class NASBench201Supernet(nn.Module):
+    """Stem, three stages of search cells, batch norm, ReLU, global average pooling and a linear classifier.
+
+    The stages have ``channels``, twice and four times as many channels; between them a residual block halves height and
+    width. All cells share one table of weights, which is no part of the module: ``forward`` is given it.
+
+    Args:
+        channels: channels of the stem and of the first stage.
+        cells: cells of a stage (N in the paper).
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        nodes: nodes of a cell, its input included.
+        primitives: the candidates of an edge.
+
+    Raises:
+        ValueError: where a size is below 1, or a primitive is not known.
+    """
+
+    def __init__(
+        self,
+        channels: int = 16,
+        cells: int = 5,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        nodes: int = 4,
+        primitives: Sequence[str] = NASBENCH201_PRIMITIVES,
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "cells": cells, "num_classes": num_classes, "in_channels": in_channels}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            C = channels * 2**stage
+            if stage:
+                self.cells.append(ResidualReduction(C // 2, C))
+            self.cells.extend(NASBench201Cell(C, nodes, primitives=primitives) for _ in range(cells))
+        self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C, num_classes)
+        self._edges = nodes * (nodes - 1) // 2
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Returns the logits, (N, num_classes).
+
+        Args:
+            x: (N, in_channels, H, W) images; H and W are multiples of 4.
+            weights: what a relaxation makes of the alphas, (E, O).
+
+        Raises:
+            ValueError: where the weights do not have one row an edge, or the images cannot be halved twice.
+        """
+        if len(weights) != self._edges:
+            raise ValueError(f"weights must have one row for each of {self._edges} edges, got {len(weights)} rows")
+        if x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(
+                f"x has height {x.shape[2]} and width {x.shape[3]}, both must be multiples of 4: pad or resize images"
+            )
+        rows = weights.unbind()  # once, where each cell's own indexing would add as many backward nodes as edges
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, rows) if isinstance(cell, NASBench201Cell) else cell(x)
+        logits: Tensor = self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
+        return logits

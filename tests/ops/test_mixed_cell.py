@@ -1,0 +1,313 @@
+"""mixed_cell against its reference: whole cells on every backend."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastnas
+from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
+from fastnas.ops.mixed_op import Candidate
+
+DARTS = (
+    Candidate("none"),
+    Candidate("max_pool", norm=True),
+    Candidate("avg_pool", norm=True),
+    Candidate("skip"),
+    Candidate("separable", kernel=3, stages=2),
+    Candidate("separable", kernel=5, stages=2),
+    Candidate("separable", kernel=3, dilation=2, stages=1),
+    Candidate("separable", kernel=5, dilation=2, stages=1),
+)
+NASBENCH201 = (
+    Candidate("none"),
+    Candidate("skip"),
+    Candidate("conv", kernel=1, stages=1),
+    Candidate("conv", kernel=3, stages=1),
+    Candidate("avg_pool"),
+)
+MIXTURE = (
+    Candidate("max_pool"),
+    Candidate("max_pool", norm=True),
+    Candidate("avg_pool"),
+    Candidate("conv", kernel=3, stages=2),
+    Candidate("separable", kernel=3, stages=2),
+    Candidate("skip"),
+    Candidate("max_pool", norm=True),
+)
+
+
+def wiring(candidates, inputs, nodes, stride=1):
+    """All edges between states, numbered by node; a skip with stride 2 is a map, as FactorizedReduce is."""
+    edges = []
+    for node in range(inputs, inputs + nodes):
+        for source in range(node):
+            reduces = stride == 2 and source < inputs
+            row = tuple(Candidate("map", norm=True) if reduces and o.kind == "skip" else o for o in candidates)
+            edges.append(CellEdge(source, node, stride if reduces else 1, len(edges), row))
+    return sorted(edges)
+
+
+WIRINGS = {
+    "darts": wiring(DARTS, 2, 3),
+    "darts reduction": wiring(DARTS, 2, 3, 2),
+    "nasbench201": wiring(NASBENCH201, 1, 3),
+    "mixture": wiring(MIXTURE, 2, 2),
+    "mixture reduction": wiring(MIXTURE, 2, 2, 2),
+    "sparse": [e for e in wiring(MIXTURE, 3, 2) if e.source != 1],  # no edge leaves an input
+}
+
+
+class Case:
+    """Random arguments of one call."""
+
+    def __init__(self, name, shape=(2, 6, 8, 6), concat=2, dtype=torch.float64, device="cpu", given=False, seed=0):
+        torch.manual_seed(seed)
+        self.edges, self.concat = WIRINGS[name], concat
+        n, c, h, w = shape
+        stride = self.edges[0].stride
+
+        def draw(*size, scale=1.0):
+            return (torch.randn(*size, dtype=torch.float64) * scale).to(device, dtype).requires_grad_()
+
+        count = min(e.node for e in self.edges)
+        self.inputs = [draw(*shape) for _ in range(count)]
+        if stride == 2 and name == "sparse":
+            raise ValueError(name)
+        rows = max(e.row for e in self.edges) + 1
+        self.weights = torch.rand(rows, len(self.edges[0].candidates), dtype=torch.float64)
+        self.weights = self.weights.to(device, dtype).requires_grad_()
+        every = [o for e in self.edges for o in e.candidates]
+        self.params = [draw(*s, scale=(s[1] * s[2] * s[3]) ** -0.5) for o in every for s in o.shapes(c)]
+        out = (n, c, -(-h // stride), -(-w // stride))
+        self.maps = [draw(*out) for o in every if o.kind == "map"]
+        self.grad = draw(n, concat * c, *out[2:]).detach()
+        self.eps = [1e-5 * (1 + i % 3) for i in range(sum(o.norms for o in every))]
+        self.statistics = None
+        if given:
+            compute = torch.float64 if dtype == torch.float64 else torch.float32
+            size = (len(self.eps), c)
+            self.statistics = (
+                torch.randn(size, dtype=compute).to(device),
+                torch.rand(size, dtype=compute).to(device) + 1,
+            )
+
+    def leaves(self):
+        return [*self.inputs, self.weights, *self.params, *self.maps]
+
+    def call(self, backend):
+        return mixed_cell(
+            *(self.inputs, self.weights, self.edges, self.params, self.maps),
+            **{"concat": self.concat, "eps": self.eps, "statistics": self.statistics, "backend": backend},
+        )
+
+    def run(self, backend):
+        result = self.call(backend)
+        grads = torch.autograd.grad(result.y, self.leaves(), self.grad, allow_unused=True, materialize_grads=True)
+        return [r.detach() for r in result if r is not None] + list(grads)
+
+    def to(self, dtype):
+        other = object.__new__(Case)
+        other.__dict__.update(self.__dict__)
+        other.weights = self.weights.detach().to(dtype).requires_grad_()
+        other.grad = self.grad.to(dtype)
+        for name in ("inputs", "params", "maps"):
+            setattr(other, name, [t.detach().to(dtype).requires_grad_() for t in getattr(self, name)])
+        return other
+
+
+def error(a, b):
+    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
+
+
+def close(got, expected, tolerance):
+    assert len(got) == len(expected)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape
+        assert error(a, b) <= tolerance * max(1e-3, float(b.double().norm())), (i, error(a, b), float(b.norm()))
+
+
+@pytest.fixture(params=["native", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def place(request):
+    """(backend, device)"""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return "emulated", "cpu"
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        return "native", "cuda"
+    return "native", "cpu"
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["batch", "given"])
+@pytest.mark.parametrize("concat", [1, 2])
+@pytest.mark.parametrize("name", WIRINGS)
+def test_equals_the_reference_in_float64(place, name, concat, given):
+    backend, device = place
+    case = Case(name, concat=concat, device=device, given=given)
+    close(case.run(backend), case.run("reference"), 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 3), (3, 17, 2, 2), (2, 36, 4, 6), (2, 1, 5, 5), (5, 8, 3, 2)], ids=str)
+@pytest.mark.parametrize("name", ["darts reduction", "nasbench201", "mixture"])
+def test_odd_shapes(place, name, shape):
+    backend, device = place
+    n, _, h, w = shape
+    stride = WIRINGS[name][0].stride
+    if n * -(-h // stride) * -(-w // stride) < 3:
+        pytest.skip("two values a channel normalise to +1 and -1: gradients vanish")
+    case = Case(name, shape, device=device)
+    close(case.run(backend), case.run("reference"), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["darts", "darts reduction", "nasbench201"])
+def test_error_is_at_most_twice_that_of_torch(place, name, dtype):
+    backend, device = place
+    totals = {}
+    for seed in range(3):
+        case = Case(name, (3, 8, 6, 6), dtype=dtype, device=device, seed=seed)
+        exact = case.to(torch.float64).run("reference")
+        for i, (a, b, e) in enumerate(zip(case.run(backend), case.run("reference"), exact, strict=True)):
+            ours, torchs, norm = totals.get(i, (0.0, 0.0, 0.0))
+            totals[i] = ours + error(a, e) ** 2, torchs + error(b, e) ** 2, norm + float(e.norm()) ** 2
+    for i, (ours, torchs, norm) in totals.items():
+        assert ours**0.5 <= 2 * max(torchs**0.5, torch.finfo(dtype).eps * norm**0.5), i
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_layouts(place, layout):
+    backend, device = place
+    case = Case("darts", device=device)
+    wide = torch.randn(2, 9, 8, 12, dtype=torch.float64)
+    x = {
+        "contiguous": lambda: wide[:, :6, :, :6].contiguous(),
+        "channels_last": lambda: wide[:, :6, :, :6].contiguous(memory_format=torch.channels_last),
+        "sliced": lambda: wide[:, 1:7, :, ::2],
+        "expanded": lambda: wide[:, :1, :, :6].expand(2, 6, 8, 6),
+    }[layout]()
+    case.inputs[0] = x.to(device).detach().requires_grad_()
+    case.grad = torch.randn(2, 1, 1, 6, dtype=torch.float64, device=device).expand(2, 12, 8, 6)
+    close(case.run(backend), case.run("reference"), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["darts reduction", "nasbench201"])
+def test_gradcheck(place, name):
+    backend, device = place
+    case = Case(name, (2, 2, 4, 4), device=device)
+
+    def run(*leaves):
+        leaves = list(leaves)
+        case.inputs = [leaves.pop(0) for _ in case.inputs]
+        case.weights = leaves.pop(0)
+        case.params = [leaves.pop(0) for _ in case.params]
+        case.maps = leaves
+        return case.call(backend).y
+
+    assert torch.autograd.gradcheck(run, case.leaves(), fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["inputs", "weights", "params", "maps"])
+def test_each_gradient_alone_equals_that_of_all(place, wanted):
+    backend, device = place
+    case = Case("darts reduction", device=device)
+    leaves = {"inputs": case.inputs, "weights": [case.weights], "params": case.params, "maps": case.maps}
+    expected = torch.autograd.grad(case.call(backend).y, leaves[wanted], case.grad)
+    for name, tensors in leaves.items():
+        for t in tensors:
+            t.requires_grad_(name == wanted)
+    got = torch.autograd.grad(case.call(backend).y, leaves[wanted], case.grad)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck(place):
+    backend, device = place
+    ops = torch.ops.fastnas_emulated if backend == "emulated" else torch.ops.fastnas
+    case = Case("mixture", (2, 3, 4, 4), concat=1, device=device)
+    last = {"memory_format": torch.channels_last}
+    inputs, params = [i.detach().contiguous(**last) for i in case.inputs], [p.detach() for p in case.params]
+    plan = [v for e in case.edges for o in e.candidates for v in o.row]
+    edges = [v for e in case.edges for v in e[:4]]
+    weights, tests = case.weights.detach(), ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (inputs, weights, params, [], plan, edges, 1, case.eps, None, None)
+    opcheck(ops.mixed_cell.default, arguments, test_utils=tests)
+    y, states, outs, mean, invstd, _ = ops.mixed_cell(*arguments)
+    grad = case.grad.contiguous(**last)
+    rest = (weights, params, [], outs, mean, invstd, plan, edges, 1, True, [1, 0], True, False)
+    opcheck(ops._mixed_cell_backward.default, (grad, inputs, y, states, *rest), test_utils=tests)
+
+
+def test_graph_kept_and_two_graphs_alive(place):
+    backend, device = place
+    one, two = (Case("darts", device=device, seed=s) for s in (0, 1))
+    y1, y2 = one.call(backend).y, two.call(backend).y
+    second = torch.autograd.grad(y2, two.leaves(), two.grad)
+    first = torch.autograd.grad(y1, one.leaves(), one.grad, retain_graph=True)
+    again = torch.autograd.grad(y1, one.leaves(), one.grad)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    close(first, one.run("reference")[3:], 1e-9)
+    close(second, two.run("reference")[3:], 1e-9)
+
+
+def test_same_bits_for_any_number_of_threads():
+    case = Case("darts reduction", (6, 8, 8, 8), dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(case.run("native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_second_derivatives_are_served_by_the_reference():
+    case = Case("darts", (2, 3, 4, 4))
+    (grad,) = torch.autograd.grad(case.call("native").y, case.weights, case.grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice_differentiable"):
+        torch.autograd.grad(grad.sum(), case.inputs[0])
+    with fastnas.twice_differentiable():
+        (grad,) = torch.autograd.grad(case.call(None).y, case.weights, case.grad, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), case.inputs[0])
+    assert second.abs().sum() > 0
+
+
+def test_empty_batches_and_large_cells_run_on_the_reference():
+    case = Case("darts", (0, 3, 4, 4), given=True)
+    assert case.call("native").y.shape == (0, 6, 4, 4)
+    large = wiring(DARTS, 1, 9)
+    assert fits(WIRINGS["darts"])
+    assert not fits(large)
+    torch.manual_seed(0)
+    params = [torch.randn(s) for e in large for o in e.candidates for s in o.shapes(2)]
+    x, weights = torch.randn(2, 2, 3, 3), torch.rand(len(large), 8)
+    with fastnas.use_backend("reference"):
+        expected = mixed_cell([x], weights, large, params, concat=1).y
+    assert torch.equal(mixed_cell([x], weights, large, params, concat=1).y, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"inputs": []}, "must not be empty"),
+        (lambda c: {"inputs": [c.inputs[0], c.inputs[1][:, :3]]}, r"inputs\[1\] has shape \(2, 3, 8, 6\)"),
+        (lambda c: {"inputs": [c.inputs[0], c.inputs[1][:, :, :4]]}, r"gives maps of \(4, 6\): expected \(8, 6\)"),
+        (lambda c: {"edges": c.edges[::-1]}, "sorted by source"),
+        (lambda c: {"edges": [c.edges[0]._replace(stride=2), *c.edges[1:]]}, "stride"),
+        (lambda c: {"edges": [c.edges[0]._replace(node=0), *c.edges[1:]]}, "leads from state 0 to 0"),
+        (lambda c: {"edges": [e for e in c.edges if e.node != 2]}, "state 2 has no edge in"),
+        (lambda c: {"concat": 4}, "concat=4: expected 1 to 3"),
+        (lambda c: {"weights": c.weights[:3]}, r"weights has shape \(3, 8\): expected at least 9 rows of 8"),
+        (lambda c: {"params": c.params[1:]}, "params has shapes"),
+        (lambda c: {"maps": [c.inputs[0]]}, "maps has shapes"),
+        (lambda c: {"params": [p.float() for p in c.params]}, "params must have the dtype"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    case = Case("darts")
+    arguments = {n: getattr(case, n) for n in ("inputs", "weights", "edges", "params", "maps", "concat", "eps")}
+    with pytest.raises(ValueError, match=message):
+        mixed_cell(**{**arguments, **change(case)})
