@@ -3,7 +3,8 @@
 // Two shapes of kernel. Map kernels walk pixels with rows of threads along the channels, V channels a thread (4 where
 // C and the addresses allow it, else 1); their reductions cut the pixels into chunks by shape alone and combine them in
 // order. Product kernels are matrix products over tiles in shared memory, 4 x 4 results a thread, one of whose operands
-// (a depthwise output, or the gradient before a batch norm) is computed while it is loaded and never written.
+// (a depthwise output, a tap of the activated source, or the gradient before a batch norm) is computed while it is
+// loaded and never written. One launch serves all edges of the fan.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -21,6 +22,7 @@ constexpr int kDepth = 16;      // channels of a product's tile that are loaded 
 constexpr int kProduct = 4096;  // results of a product's tile: pixels x channels
 constexpr int kMaxTaps = 49;    // of a depthwise kernel
 constexpr int64_t kMaxChunks = 1024;
+constexpr int64_t kMaxSumChunks = 512;  // of sums that one block a term adds up
 
 // Some of the stages, or of the terms (as ~term), that a launch is about.
 struct List {
@@ -28,6 +30,9 @@ struct List {
   short entry[kMaxStages + kMaxTerms] = {};
   void add(int value) { entry[count++] = static_cast<short>(value); }
 };
+
+// Kernels take the arguments by value. More than 4 KB of parameters, up to 32,764 bytes, need CUDA 12.1 and sm_70.
+static_assert(sizeof(MixedOpArgs) + sizeof(List) + 512 <= 32764, "the arguments do not fit a kernel's parameters");
 
 // How the pixels of a map are cut for reductions.
 struct Chunks {
@@ -41,17 +46,24 @@ inline Chunks chunks_of(int64_t pixels, int64_t least, int64_t most) {
 // Where things lie in the workspace. A = compute_t<T>, P = N * OH * OW.
 struct Scratch {
   Chunks chunks;                   // of the P output pixels
+  Chunks sum_chunks;               // of the same, for the sums over g: one block takes a chunk of all edges
   Chunks weight_chunks;            // of the same, for the weights' gradients
+  Chunks dense_chunks;             // of the same, for dense weights, where the taps are a device's work too
   double* moments = nullptr;       // [norm][chunk][2][C]: mean, sum of squared deviations                    forward
-  double* sums = nullptr;          // [chunk][1 + terms][C]: of g, and of g * (src - mean)                    backward
+  double* sums = nullptr;          // [sum chunk][edges + terms][C]: of g, then of g * (src - mean), edge by edge
   double* chain = nullptr;         // [stage][chunk][2][C]: of dn, and of dn * (z - mean), dn = grad_norm
   void* coefficients = nullptr;    // A [stages + terms][3][C]: d/d(src) = k0 * g + k1 * (src - mean) + k2
   uint8_t* argmax = nullptr;       // [P][C]: the tap that a max pool took
   void* average = nullptr;         // A [P][C]: what an average pool gave
   void* grad_depthwise = nullptr;  // T [stage][P][C]: the gradients of the depthwise outputs
-  void* pointwise = nullptr;       // A [stage][weight chunk][C][C]
+  void* pointwise = nullptr;       // A [stage], each: [weight chunk][tap of a dense stage][C][C]
+  int64_t pointwise_size = 0;      // elements a stage
   void* depthwise = nullptr;       // A [stage], each: [weight chunk][C][taps], and room for kMaxTaps
   int64_t bytes = 0;
+
+  __host__ __device__ const Chunks& weight_chunks_of(const Stage& s) const {
+    return s.dense ? dense_chunks : weight_chunks;
+  }
 };
 
 inline bool has(const MixedOpArgs& a, Kind kind) {
@@ -68,6 +80,9 @@ inline int level(const MixedOpArgs& a, int stage) {
 }
 
 __host__ __device__ inline int taps(const Stage& s) { return s.kernel * s.kernel; }
+// (C, C) matrices of its pointwise weights.
+__host__ __device__ inline int squares(const Stage& s) { return s.dense ? taps(s) : 1; }
+__host__ __device__ inline bool is_pool(Kind kind) { return kind == Kind::max_pool || kind == Kind::avg_pool; }
 __host__ __device__ inline int64_t output_pixels(const MixedOpArgs& a) { return a.N * a.OH * a.OW; }
 
 // Channels of a product's tile: as wide as C where that is small; one width where channels are read one at a time.
@@ -79,12 +94,17 @@ template <class T>
 constexpr int kMaxWeightTile = sizeof(compute_t<T>) == 8 ? 32 : 64;
 
 // True where every map can be read four channels at a time.
-inline bool by_four(const MixedOpArgs& a) {
-  bool yes = a.C % 4 == 0 && aligned(a.x) && aligned(a.y) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.mean) &&
-             aligned(a.invstd) && aligned(a.workspace);
-  for (int s = 0; s < a.stages_count; ++s) yes &= aligned(a.stages[s].out) && aligned(a.stages[s].grad_norm);
-  for (int t = 0; t < a.terms_count; ++t) yes &= aligned(a.terms[t].src) && aligned(a.terms[t].grad);
-  return yes;
+template <class T>
+bool by_four(const MixedOpArgs& a) {
+  auto map = [](const void* p, int64_t step) {
+    return step % 4 == 0 && reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, 4>) == 0;
+  };
+  bool yes = map(a.x, a.x_step) && map(a.grad_x, a.grad_x_step) && map(a.grad_add, a.grad_add_step) &&
+             aligned(a.mean) && aligned(a.invstd) && aligned(a.workspace);
+  for (int e = 0; e < a.edges_count; ++e) yes &= map(a.edges[e].y, a.edges[e].step) && map(a.edges[e].grad, 0);
+  for (int s = 0; s < a.stages_count; ++s) yes &= map(a.stages[s].out, a.C) && map(a.stages[s].grad_norm, a.C);
+  for (int t = 0; t < a.terms_count; ++t) yes &= map(a.terms[t].src, a.C) && map(a.terms[t].grad, a.C);
+  return yes && a.C % 4 == 0;
 }
 
 template <class T>
@@ -97,20 +117,28 @@ Scratch make_scratch(const MixedOpArgs& a, bool backward) {
   };
   const int64_t P = output_pixels(a);
   s.chunks = chunks_of(P, 128, kMaxChunks);
+  s.sum_chunks = chunks_of(P, 32, kMaxSumChunks);
   const int64_t tiles = ceil_div(a.C, 64);  // (C, C) in tiles fills a device by itself where C is large
   s.weight_chunks = chunks_of(P, 128, std::max<int64_t>(1, 128 / (tiles * tiles)));
+  s.dense_chunks = chunks_of(P, 128, std::max<int64_t>(1, 128 / (9 * tiles * tiles)));
   if (!backward) {
     take(s.moments, a.norms * s.chunks.count * 2 * a.C * sizeof(double));
     return s;
   }
-  take(s.sums, s.chunks.count * (1 + a.terms_count) * a.C * sizeof(double));
+  int64_t depthwise = 0;  // room for stages up to the last depthwise one
+  for (int k = 0; k < a.stages_count; ++k) {
+    if (!a.stages[k].dense) depthwise = k + 1;
+    s.pointwise_size =
+        std::max(s.pointwise_size, s.weight_chunks_of(a.stages[k]).count * squares(a.stages[k]) * a.C * a.C);
+  }
+  take(s.sums, s.sum_chunks.count * (a.edges_count + a.terms_count) * a.C * sizeof(double));
   take(s.chain, a.stages_count * s.chunks.count * 2 * a.C * sizeof(double));
   take(s.coefficients, int64_t{a.stages_count + a.terms_count} * 3 * a.C * sizeof(A));
   if (has(a, Kind::max_pool)) take(s.argmax, P * a.C);
   if (has(a, Kind::avg_pool)) take(s.average, P * a.C * sizeof(A));
-  take(s.grad_depthwise, a.stages_count * P * a.C * sizeof(T));
-  take(s.pointwise, a.stages_count * s.weight_chunks.count * a.C * a.C * sizeof(A));
-  take(s.depthwise, a.stages_count * s.weight_chunks.count * a.C * kMaxTaps * sizeof(A));
+  take(s.grad_depthwise, depthwise * P * a.C * sizeof(T));
+  take(s.pointwise, a.stages_count * s.pointwise_size * sizeof(A));
+  take(s.depthwise, depthwise * s.weight_chunks.count * a.C * kMaxTaps * sizeof(A));
   return s;
 }
 
@@ -118,6 +146,23 @@ Scratch make_scratch(const MixedOpArgs& a, bool backward) {
 template <class T>
 int64_t map_bytes(const MixedOpArgs& a, int64_t in, int64_t out) {
   return static_cast<int64_t>(sizeof(T)) * a.C * (in * a.N * a.H * a.W + out * output_pixels(a));
+}
+
+// Bytes of the maps that the listed stages read; x once.
+template <class T>
+int64_t source_bytes(const MixedOpArgs& a, const List& stages) {
+  int64_t reads_x = 0, maps = 0;
+  for (int i = 0; i < stages.count; ++i)
+    if (a.stages[stages.entry[i]].source < 0)
+      reads_x = 1;
+    else
+      ++maps;
+  return map_bytes<T>(a, reads_x, maps);
+}
+// Bytes of a stage's weights.
+template <class T>
+int64_t weights_bytes(const MixedOpArgs& a, const Stage& s) {
+  return static_cast<int64_t>(sizeof(T)) * a.C * (s.dense ? a.C * taps(s) : a.C + taps(s));
 }
 
 // The block of a map kernel: rows of threads along the channels, at most 64 channels wide.
@@ -212,11 +257,23 @@ __device__ inline void max_pool(const MixedOpArgs& a, int64_t p, int c, compute_
   fill(tap, static_cast<uint8_t>((window.h < 0 ? 3 : 0) + (window.w < 0)));
   window.each([&](int t, int64_t pixel) {
     A values[V];
-    read<T, V>(static_cast<const T*>(a.x) + pixel * a.C + c, values);
+    read<T, V>(static_cast<const T*>(a.x) + pixel * a.x_step + c, values);
 #pragma unroll
     for (int v = 0; v < V; ++v)
       if (values[v] > best[v] || values[v] != values[v]) best[v] = values[v], tap[v] = static_cast<uint8_t>(t);
   });
+}
+
+// What a max pool gave, from the taps that it took.
+template <class T, int V>
+__device__ inline void max_pool_at(const MixedOpArgs& a, int64_t p, int c, const uint8_t (&tap)[V],
+                                   compute_t<T> (&values)[V]) {
+  const PoolWindow window(a, p);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int64_t pixel = window.image + (window.h + tap[v] / 3) * a.W + window.w + tap[v] % 3;
+    values[v] = static_cast<compute_t<T>>(static_cast<const T*>(a.x)[pixel * a.x_step + c + v]);
+  }
 }
 
 // Average pool over the taps that lie inside.
@@ -227,7 +284,7 @@ __device__ inline void avg_pool(const MixedOpArgs& a, int64_t p, int c, compute_
   int count = 0;
   PoolWindow(a, p).each([&](int, int64_t pixel) {
     A values[V];
-    read<T, V>(static_cast<const T*>(a.x) + pixel * a.C + c, values);
+    read<T, V>(static_cast<const T*>(a.x) + pixel * a.x_step + c, values);
 #pragma unroll
     for (int v = 0; v < V; ++v) mean[v] += values[v];
     ++count;
@@ -247,7 +304,7 @@ __device__ inline void term_values(const MixedOpArgs& a, const Term& term, int64
     avg_pool<T, V>(a, p, c, values);
   } else {
     const void* src = term.kind == Kind::skip ? a.x : term.kind == Kind::map ? term.src : a.stages[term.stage].out;
-    read<T, V>(static_cast<const T*>(src) + p * a.C + c, values);
+    read<T, V>(static_cast<const T*>(src) + p * (term.kind == Kind::skip ? a.x_step : a.C) + c, values);
   }
 }
 
@@ -270,17 +327,18 @@ __device__ inline void rows_sum(double (&values)[V]) {
   __syncthreads();  // the next call may write rows
 }
 
-// What a stage's depthwise convolution reads.
+// What a stage's convolution reads.
 template <class T>
 struct Source {
   const T* map;
-  int64_t H, W, C;
+  int64_t H, W, C, step;
   int norm;
   __device__ Source(const MixedOpArgs& a, const Stage& s)
       : map(static_cast<const T*>(s.source < 0 ? a.x : a.stages[s.source].out)),
         H(s.source < 0 ? a.H : a.OH),
         W(s.source < 0 ? a.W : a.OW),
         C(a.C),
+        step(s.source < 0 ? a.x_step : a.C),
         norm(s.source < 0 ? -1 : a.stages[s.source].norm) {}
 };
 
@@ -290,7 +348,7 @@ __device__ inline A relu(A v) {
   return v <= A(0) ? A(0) : v;
 }
 
-// Where the depthwise convolution of an output pixel begins.
+// Where the convolution of an output pixel begins.
 struct Window {
   int64_t image;  // first pixel of the image in the source; -1: no such output pixel
   int h, w;       // of tap 0; may lie outside
@@ -313,13 +371,13 @@ __device__ inline void depthwise_k(const Source<T>& source, const Window& win, i
   for (int i = 0; i < K; ++i) {
     const int h = win.h + i * dilation;
     if (h < 0 || h >= source.H) continue;
-    const T* row = source.map + (win.image + h * source.W) * source.C + c;
+    const T* row = source.map + (win.image + h * source.W) * source.step + c;
 #pragma unroll
     for (int j = 0; j < K; ++j) {
       const int w = win.w + j * dilation;
       if (w < 0 || w >= source.W) continue;
       A values[V];
-      read<T, V>(row + w * source.C, values);
+      read<T, V>(row + w * source.step, values);
 #pragma unroll
       for (int v = 0; v < V; ++v) out[v] += relu((values[v] - mean[v]) * invstd[v]) * weights[(i * K + j) * stride + v];
     }
@@ -337,6 +395,19 @@ __device__ inline void depthwise(const Stage& s, const Source<T>& source, const 
     depthwise_k<5, T, V>(source, win, s.dilation, c, weights, stride, mean, invstd, out);
   else
     depthwise_k<7, T, V>(source, win, s.dilation, c, weights, stride, mean, invstd, out);
+}
+
+// relu(normalised source) at channels c.. of one tap of a dense stage's window.
+template <class T, int V>
+__device__ inline void activated(const Stage& s, const Source<T>& source, const Window& win, int tap, int c,
+                                 const compute_t<T> (&mean)[V], const compute_t<T> (&invstd)[V],
+                                 compute_t<T> (&out)[V]) {
+  fill(out, compute_t<T>(0));
+  const int h = win.h + tap / s.kernel, w = win.w + tap % s.kernel;
+  if (win.image < 0 || c >= source.C || h < 0 || h >= source.H || w < 0 || w >= source.W) return;
+  read<T, V>(source.map + (win.image + h * source.W + w) * source.step + c, out);
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] = relu((out[v] - mean[v]) * invstd[v]);
 }
 
 // Copies the depthwise weights of `width` channels from c on to shared memory, [tap][width]; zeros past the last one.
@@ -382,20 +453,21 @@ struct Tile {
     for (int k = 0; k < kDepth; ++k) multiply_add(&left[k][tile_row<N>()], &right[k][tile_column<N>()], acc);
   }
 
-  // Writes this thread's results of the tile that begins at (pixel, channel) into a map.
-  template <class T, int V>
-  __device__ static void write_map(T* map, int64_t pixel, int64_t P, int64_t channel, int64_t C, const A (&acc)[4][4]) {
+  // Writes this thread's results of a tile that begins at `channel`; where(i) is the place of the tile's i-th pixel in
+  // the map, in elements, or negative.
+  template <class T, int V, class Where>
+  __device__ static void write_map(T* map, Where where, int64_t channel, int64_t C, const A (&acc)[4][4]) {
     const int64_t c = channel + tile_column<N>();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t p = pixel + tile_row<N>() + i;
-      if (p >= P) return;
+      const int64_t at = where(tile_row<N>() + i);
+      if (at < 0) return;
       if (V == 4) {
-        if (c < C) write<T, 4>(map + p * C + c, acc[i]);
+        if (c < C) write<T, 4>(map + at + c, acc[i]);
       } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          if (c + j < C) map[p * C + c + j] = static_cast<T>(acc[i][j]);
+          if (c + j < C) map[at + c + j] = static_cast<T>(acc[i][j]);
       }
     }
   }
