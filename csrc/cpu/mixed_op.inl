@@ -369,11 +369,12 @@ FASTNAS_INLINE void dense(const Grid& grid, const T* r, const T* w, int blocks, 
       for (int kx = 0; kx < K; ++kx) {
         const T* u = r + b * grid.block() + to * (ky * grid.row() + kx * V);
         const T* ww = w + int64_t((b * K + ky) * K + kx) * V * V;
+        const T* const end = u + (b + 1 < blocks ? V : tail);
 #pragma GCC unroll 4
-        for (int i = 0, n = b + 1 < blocks ? V : tail; i < n; ++i) {
-          const Vec<T> wv = load(ww + i * V);
+        for (; u < end; ++u, ww += V) {
+          const Vec<T> wv = load(ww);
 #pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) acc[p] += wv * splat(u[p * S * V + i]);
+          for (int p = 0; p < P; ++p) acc[p] += wv * splat(u[p * S * V]);
         }
       }
 }
