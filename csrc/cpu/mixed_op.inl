@@ -213,10 +213,11 @@ void pointwise_weight_gradient(const T* u, const T* g, int64_t step, int n, int 
         Vec<T> acc[I];
 #pragma GCC unroll 16
         for (int i = 0; i < I; ++i) acc[i] = zero<T>();
-        for (int p = 0; p < n; ++p) {
-          const Vec<T> gv = load(gg + p * V);
+        const T* up = uu;
+        for (const T *gp = gg, *end = gg + int64_t(n) * V; gp < end; gp += V, up += V) {
+          const Vec<T> gv = load(gp);
 #pragma GCC unroll 16
-          for (int i = 0; i < I; ++i) acc[i] += gv * splat(uu[p * V + i]);
+          for (int i = 0; i < I; ++i) acc[i] += gv * splat(up[i]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < I; ++i) store(q + i * V, load(q + i * V) + acc[i]);
