@@ -110,12 +110,18 @@ class MachineOptions:
             alphas bit for bit.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         threads: CPU threads of PyTorch; 0 leaves them to torch.
+        amp: bf16 runs the supernet under autocast in bfloat16; none in float32. Logits, loss, weights, alphas and the
+            optimizers' state are float32 either way.
     """
 
     seed: int = 0
     device: str = "auto"
     threads: int = PRESET
+    amp: str = "none"
 
+
+AMP: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+"""What ``amp`` may be, and the dtype of autocast; None is no autocast."""
 
 GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MachineOptions)
 """The option groups in the order in which they are shown."""
@@ -230,4 +236,5 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_scale": _NOT_NEGATIVE,
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "threads": _WHOLE,
+    "amp": (lambda v: v in AMP, f"one of {', '.join(AMP)}"),
 }

@@ -80,6 +80,8 @@ def test_groups_hold_every_option_once():
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"threads": -1}, ValueError, "threads=-1"),
         ({"flip": 1}, TypeError, "flip=1: expected true or false"),
+        ({"amp": "fp16"}, ValueError, "amp='fp16': expected one of none, bf16"),
+        ({"amp": True}, TypeError, "amp=True: expected text"),
         ({"method": "magic"}, ValueError, "method='magic' is unknown; choose from darts"),
         ({"data": "mnist"}, ValueError, "mnist.*choose one of digits"),
     ],
@@ -96,6 +98,7 @@ def test_unknown_option():
 
 def test_yaml_round_trip():
     config = SearchConfig(data="cifar10", root="/somewhere: else", lr=1e-5, lr_min=0.0, alpha_betas=(0.9, 0.99), seed=7)
+    config = dataclasses.replace(config, amp="bf16")
     text = dump_config(config)
     assert SearchConfig.from_dict(yaml.safe_load(text)) == config
     assert text.startswith("# A search of fastnas")
