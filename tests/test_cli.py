@@ -155,7 +155,7 @@ def test_resume_wants_the_same_options(run, capsys):
     assert "amp=none; leave out --amp" in capsys.readouterr().err
     # The same value, and options of the machine, may be given; a finished run stays as it is.
     before = (run / "metrics.csv").read_text()
-    assert main(["search", "--resume", "--out", str(run), "--lr=0.1", "--threads=1"]) == 0
+    assert main(["search", "--resume", "--out", str(run), "--lr=0.1", "--threads=1", "--cuda-graphs=false"]) == 0
     assert (run / "metrics.csv").read_text() == before
 
 
@@ -235,6 +235,7 @@ def test_a_stopped_run_resumes_exactly(long, whole, tmp_path, number):
         (["search", "--method=magic"], "method='magic' is unknown; choose from darts"),
         (["search", "--relaxation=yoga"], "relaxation 'yoga' is unknown"),
         (["search", "--data=mnist"], "choose one of digits"),
+        (["search", "--device=cpu", "--cuda-graphs=true"], "cuda_graphs=True with device=cpu"),
         (["search", "--amp=fp16"], "amp='fp16': expected one of none, bf16"),
         (["search", "--data=cifar10"], "root is missing"),
         (["search", "--data=cifar10", "--root=/no/such/folder"], "root='/no/such/folder' does not exist"),

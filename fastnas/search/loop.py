@@ -22,6 +22,7 @@ from fastnas.relaxations import get_relaxation
 from fastnas.search.architect import Batch, Bilevel
 from fastnas.search.checkpoint import CheckpointError
 from fastnas.search.config import AMP, SearchConfig
+from fastnas.search.graphs import CudaRecorder, GraphedStep
 from fastnas.search.methods import get_method
 from fastnas.spaces import get_space
 
@@ -113,7 +114,7 @@ class Search:
         OSError: where the data cannot be read.
     """
 
-    FREE_ON_RESUME = frozenset({"device", "threads"})
+    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs"})
     """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
@@ -169,6 +170,10 @@ class Search:
             foreach=not on_gpu,
         )
         self._bilevel = Bilevel(self.supernet, self._weight_optimizer, self.alphas, self._loss)
+        self._alpha_step: Callable[..., None] = self._update_alphas
+        self._weight_step: Callable[..., None] = self._update_weights
+        if config.cuda_graphs:
+            self._record_steps()
 
         self.epoch = 0
         self.step = 0
@@ -277,6 +282,8 @@ class Search:
             # the options and the machine, and the machine may be another.
             saved = copy.deepcopy(state[f"{name}_optimizer"]["state"])
             optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.config.cuda_graphs:
+            self._record_steps()  # anew: the optimizers' tensors are others now
         self._train_batches.load_state_dict(state["train_batches"])
         self._valid_batches.load_state_dict(state["valid_batches"])
         self._augment_generator.set_state(state["augment_generator"])
@@ -310,13 +317,18 @@ class Search:
             self._alpha_step(*train, *valid)
         self._weight_step(*train)
 
-    def _alpha_step(self, train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> None:
+    def _record_steps(self) -> None:
+        recorder = CudaRecorder(self.device)
+        self._alpha_step = GraphedStep(self._update_alphas, recorder)
+        self._weight_step = GraphedStep(self._update_weights, recorder)
+
+    def _update_alphas(self, train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> None:
         loss, _ = self._method.architect(self._bilevel, (train_images, train_labels), (images, labels))
         self._alpha_optimizer.step()
         self._totals[3].add_(loss * len(labels))
         self._totals[4].add_(len(labels))
 
-    def _weight_step(self, images: Tensor, labels: Tensor) -> None:
+    def _update_weights(self, images: Tensor, labels: Tensor) -> None:
         self._weight_optimizer.zero_grad()
         # The alphas stand still here, so their gradient is not computed.
         with torch.no_grad():

@@ -81,6 +81,7 @@ def test_groups_hold_every_option_once():
         ({"threads": -1}, ValueError, "threads=-1"),
         ({"flip": 1}, TypeError, "flip=1: expected true or false"),
         ({"amp": "fp16"}, ValueError, "amp='fp16': expected one of none, bf16"),
+        ({"cuda_graphs": True, "device": "cpu"}, ValueError, "cuda_graphs=True with device=cpu: only a GPU has them"),
         ({"amp": True}, TypeError, "amp=True: expected text"),
         ({"method": "magic"}, ValueError, "method='magic' is unknown; choose from darts"),
         ({"data": "mnist"}, ValueError, "mnist.*choose one of digits"),
@@ -89,6 +90,12 @@ def test_groups_hold_every_option_once():
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         SearchConfig(**options)
+
+
+def test_cuda_graphs_are_an_option_of_a_gpu():
+    config = SearchConfig(device="cuda:1", cuda_graphs=True)
+    assert SearchConfig.from_dict(yaml.safe_load(dump_config(config))) == config
+    assert not SearchConfig(device="cuda:1").cuda_graphs
 
 
 def test_unknown_option():
