@@ -28,7 +28,7 @@ from fastnas.data import DATASETS
 from fastnas.genotype import Genotype
 from fastnas.relaxations import RELAXATIONS
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
-from fastnas.search.config import GROUPS, PRESET, describe_type
+from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
 from fastnas.search.loop import peak_memory
 from fastnas.search.run import RunFolder
 from fastnas.spaces import SPACES
@@ -63,6 +63,7 @@ _CHOICES = {
     "method": sorted(METHODS),
     "relaxation": sorted(RELAXATIONS),
     "data": list(DATASETS),
+    "amp": list(AMP),
 }
 
 

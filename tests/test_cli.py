@@ -106,6 +106,13 @@ def test_command_line_wins_over_the_file(npz, tmp_path):
     assert (config["epochs"], config["lr"], config["momentum"]) == (1, 0.05, 0.9)
 
 
+def test_amp(tiny, tmp_path):
+    folder = tmp_path / "run"
+    assert main([*tiny, "--epochs=1", "--amp=bf16", "--out", str(folder)]) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["amp"] == "bf16"
+    assert checkpoint.load(folder / "checkpoint.pt")["config"]["amp"] == "bf16"
+
+
 def test_output_without_a_terminal_is_plain(tiny, tmp_path, capsys):
     assert main([*tiny, "--epochs=1", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
@@ -144,9 +151,11 @@ def test_resume_wants_the_same_options(run, capsys):
     assert main(["search", "--resume", "--out", str(run), "--lr=0.2"]) == 2
     assert "lr=0.1; leave out --lr" in capsys.readouterr().err
     assert main(["search", "--resume", "--overwrite", "--out", str(run)]) == 2
+    assert main(["search", "--resume", "--out", str(run), "--amp=bf16"]) == 2
+    assert "amp=none; leave out --amp" in capsys.readouterr().err
     # The same value, and options of the machine, may be given; a finished run stays as it is.
     before = (run / "metrics.csv").read_text()
-    assert main(["search", "--resume", "--out", str(run), "--lr=0.1", "--threads=1"]) == 0
+    assert main(["search", "--resume", "--out", str(run), "--lr=0.1", "--threads=1", "--cuda-graphs=false"]) == 0
     assert (run / "metrics.csv").read_text() == before
 
 
@@ -226,6 +235,8 @@ def test_a_stopped_run_resumes_exactly(long, whole, tmp_path, number):
         (["search", "--method=magic"], "method='magic' is unknown; choose from darts"),
         (["search", "--relaxation=yoga"], "relaxation 'yoga' is unknown"),
         (["search", "--data=mnist"], "choose one of digits"),
+        (["search", "--device=cpu", "--cuda-graphs=true"], "cuda_graphs=True with device=cpu"),
+        (["search", "--amp=fp16"], "amp='fp16': expected one of none, bf16"),
         (["search", "--data=cifar10"], "root is missing"),
         (["search", "--data=cifar10", "--root=/no/such/folder"], "root='/no/such/folder' does not exist"),
         (["search", "--batch-size=5000"], "batch_size=5000 is larger than the 898 training images"),
@@ -288,6 +299,7 @@ def test_help(capsys):
     assert "--alpha_lr X Learning rate of the alphas. (preset: " in out
     assert "(preset: 8 for digits, 50 for cifar10)" in out
     assert "null)" not in out
+    assert "One of: none, bf16. (default: none)" in out
 
 
 def test_version_and_info(capsys):

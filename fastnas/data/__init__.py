@@ -1,7 +1,7 @@
 """Data sets in standard formats, augmentation on whole batches on the device, and resumable batches."""
 
 from .augment import Augment, augment, default_augment, normalize
-from .batches import Batches, split
+from .batches import Batches, split, to_device
 from .images import DATASETS, ImageData, channel_statistics, load
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "load",
     "normalize",
     "split",
+    "to_device",
 ]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batches import to_device
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -130,7 +132,7 @@ def _draw(config: Augment, n: int, height: int, width: int, generator: torch.Gen
     def integers(high: int, *shape: int) -> Tensor:
         # Drawn where the generator is, so that a CPU generator's numbers don't depend on the images' device.
         drawn = torch.randint(high, shape, generator=generator, device=generator.device)
-        return drawn.to(device, non_blocking=True)
+        return to_device(drawn, device)
 
     offset = integers(2 * config.pad + 1, n, 2) if config.pad else None
     flip = integers(2, n).bool() if config.flip else None

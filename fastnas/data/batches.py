@@ -1,4 +1,4 @@
-"""Index sets: splits of a data set, and batches that a resumed run continues exactly."""
+"""Index sets: splits of a data set, batches that a resumed run continues exactly, and their way to a GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def split(n: int, portion: float, generator: torch.Generator | None = None) -> t
         raise ValueError(f"portion={portion} of n={n} leaves one part empty; choose one well between 0 and 1")
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator, device=generator.device)
     return order[:first], order[first:]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Returns `x` on `device`, without waiting for a GPU to have done what it was given before.
+
+    Only memory that is pinned is copied to a GPU while the host goes on.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class Batches:

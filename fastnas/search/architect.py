@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,15 +29,20 @@ class Bilevel:
     alphas: Mapping[str, Tensor]
     loss: Callable[[Batch], tuple[Tensor, Tensor]]
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The lower level's tensors, as the optimizer has them: walking the modules takes longer than the update."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
 
 Architect = Callable[[Bilevel, Batch, Batch], tuple[Tensor, Tensor]]
 """``architect(bilevel, train, valid)`` sets the alphas' ``grad`` and returns the loss and logits on ``valid``."""
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Runs the block with no parameter of ``module`` requiring gradients, and restores each one's flag after it."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Runs the block with none of ``parameters`` requiring gradients, and restores each one's flag after it."""
+    trained = [p for p in parameters if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:
@@ -53,7 +58,7 @@ def first_order(bilevel: Bilevel, train: Batch, valid: Batch) -> tuple[Tensor, T
     The parameters are taken as they are, so ``train`` has no part in it, and their gradients are neither computed nor
     stored.
     """
-    with frozen(bilevel.supernet):
+    with frozen(bilevel.parameters):
         loss, logits = bilevel.loss(valid)
         alphas = list(bilevel.alphas.values())
         for alpha, grad in zip(alphas, torch.autograd.grad(loss, alphas), strict=True):

@@ -110,12 +110,21 @@ class MachineOptions:
             alphas bit for bit.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         threads: CPU threads of PyTorch; 0 leaves them to torch.
+        amp: bf16 runs the supernet under autocast in bfloat16; none in float32. Logits, loss, weights, alphas and the
+            optimizers' state are float32 either way.
+        cuda_graphs: On a GPU, launch each of a step's two halves as one CUDA graph. This has not run on a GPU yet: it
+            is tested on the CPU, with a stand-in for the recording.
     """
 
     seed: int = 0
     device: str = "auto"
     threads: int = PRESET
+    amp: str = "none"
+    cuda_graphs: bool = False
 
+
+AMP: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+"""What ``amp`` may be, and the dtype of autocast; None is no autocast."""
 
 GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MachineOptions)
 """The option groups in the order in which they are shown."""
@@ -150,6 +159,8 @@ class SearchConfig(MachineOptions, AlphaOptions, WeightOptions, DataOptions, Spa
             value = getattr(self, name)
             if not accepts(value):
                 raise ValueError(f"{name}={value!r}: expected {meaning}")
+        if self.cuda_graphs and not self.device.startswith("cuda"):
+            raise ValueError(f"cuda_graphs=True with device={self.device}: only a GPU has them; leave out cuda_graphs")
         if self.channels % self.k:
             raise ValueError(f"k={self.k} does not divide channels={self.channels}; choose channels as a multiple of k")
         if self.lr_min > self.lr:
@@ -230,4 +241,5 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_scale": _NOT_NEGATIVE,
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "threads": _WHOLE,
+    "amp": (lambda v: v in AMP, f"one of {', '.join(AMP)}"),
 }

@@ -9,19 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split
+from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
 from fastnas.genotype import Genotype
 from fastnas.relaxations import get_relaxation
 from fastnas.search.architect import Batch, Bilevel
 from fastnas.search.checkpoint import CheckpointError
-from fastnas.search.config import SearchConfig
+from fastnas.search.config import AMP, SearchConfig
+from fastnas.search.graphs import CudaRecorder, GraphedStep
 from fastnas.search.methods import get_method
 from fastnas.spaces import get_space
 
@@ -113,7 +114,7 @@ class Search:
         OSError: where the data cannot be read.
     """
 
-    FREE_ON_RESUME = frozenset({"device", "threads"})
+    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs"})
     """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
@@ -131,6 +132,9 @@ class Search:
                     f"train_portion={config.train_portion} leaves; choose a smaller batch_size"
                 )
         self._data = data.to(self.device)
+        # Here once: to move them in each step would make it wait for the GPU.
+        self._mean = torch.tensor(data.mean, dtype=torch.float32, device=self.device)
+        self._std = torch.tensor(data.std, dtype=torch.float32, device=self.device)
         self.parts = (train, valid)
         self._augment = Augment(pad=config.pad, flip=config.flip, cutout=config.cutout)
         # BatchNorm wants no small last batch; the images that miss an epoch are others each time.
@@ -147,27 +151,36 @@ class Search:
             )
         self.supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
+        # The learning rate is a tensor on the device, which only the fused update reads there.
         self._weight_optimizer = torch.optim.SGD(
             self.supernet.parameters(),
-            config.lr,
+            torch.tensor(config.lr, device=self.device),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,
         )
+        on_gpu = self.device.type == "cuda"
         self._alpha_optimizer = torch.optim.Adam(
             list(self.alphas.values()),
             config.alpha_lr,
             betas=config.alpha_betas,
             weight_decay=config.alpha_weight_decay,
-            foreach=True,
+            fused=on_gpu,
+            capturable=on_gpu,
+            foreach=not on_gpu,
         )
         self._bilevel = Bilevel(self.supernet, self._weight_optimizer, self.alphas, self._loss)
+        self._alpha_step: Callable[..., None] = self._update_alphas
+        self._weight_step: Callable[..., None] = self._update_weights
+        if config.cuda_graphs:
+            self._record_steps()
 
         self.epoch = 0
         self.step = 0
         self.history: list[EpochRecord] = []
         self.weights = [self._current_weights()]
-        self._totals = self._no_totals()
+        # Summed loss, correct answers and images of the weight steps; summed loss and images of the alpha steps.
+        self._totals = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
         self._stop = False
 
@@ -251,20 +264,26 @@ class Search:
             CheckpointError: where the state is of a search with other options; the search is then unchanged.
         """
         mine = self.config.to_dict()
-        differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != state["config"].get(k)]
+        # Options that are newer than the checkpoint have a default that changes nothing.
+        theirs = {**{field.name: field.default for field in fields(self.config)}, **state["config"]}
+        differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != theirs[k]]
         if differs:
             name = differs[0]
             raise CheckpointError(
-                f"the checkpoint is of a search with {name}={state['config'].get(name)!r}, this one has "
+                f"the checkpoint is of a search with {name}={theirs[name]!r}, this one has "
                 f"{name}={mine[name]!r}; resume with the options of the checkpoint"
             )
         self.supernet.load_state_dict(state["supernet"])
         with torch.no_grad():
             for name, alpha in self.alphas.items():
                 alpha.copy_(state["alphas"][name])
-        # An optimizer keeps the tensors that it is given; they may be another search's.
-        self._weight_optimizer.load_state_dict(copy.deepcopy(state["weight_optimizer"]))
-        self._alpha_optimizer.load_state_dict(copy.deepcopy(state["alpha_optimizer"]))
+        for name, optimizer in (("weight", self._weight_optimizer), ("alpha", self._alpha_optimizer)):
+            # An optimizer keeps the tensors that it is given; they may be another search's. Its settings follow from
+            # the options and the machine, and the machine may be another.
+            saved = copy.deepcopy(state[f"{name}_optimizer"]["state"])
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.config.cuda_graphs:
+            self._record_steps()  # anew: the optimizers' tensors are others now
         self._train_batches.load_state_dict(state["train_batches"])
         self._valid_batches.load_state_dict(state["valid_batches"])
         self._augment_generator.set_state(state["augment_generator"])
@@ -275,6 +294,8 @@ class Search:
 
     def _run_epoch(self, on_step: Callable[[Search], object] | None) -> None:
         self.supernet.train()
+        for group in self._weight_optimizer.param_groups:
+            group["lr"].fill_(self._lr())
         start = time.perf_counter()
         before = self._seconds
         for indices in self._train_batches:
@@ -293,26 +314,34 @@ class Search:
         train = self._augmented(indices)
         if self.epoch >= self.config.alpha_warmup:
             valid = self._augmented(self._valid_batches.sample())
-            loss, _ = self._method.architect(self._bilevel, train, valid)
-            self._alpha_optimizer.step()
-            self._totals[3] += loss * len(valid[1])
-            self._totals[4] += len(valid[1])
+            self._alpha_step(*train, *valid)
+        self._weight_step(*train)
 
-        for group in self._weight_optimizer.param_groups:
-            group["lr"] = self._lr()
+    def _record_steps(self) -> None:
+        recorder = CudaRecorder(self.device)
+        self._alpha_step = GraphedStep(self._update_alphas, recorder)
+        self._weight_step = GraphedStep(self._update_weights, recorder)
+
+    def _update_alphas(self, train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> None:
+        loss, _ = self._method.architect(self._bilevel, (train_images, train_labels), (images, labels))
+        self._alpha_optimizer.step()
+        self._totals[3].add_(loss * len(labels))
+        self._totals[4].add_(len(labels))
+
+    def _update_weights(self, images: Tensor, labels: Tensor) -> None:
         self._weight_optimizer.zero_grad()
         # The alphas stand still here, so their gradient is not computed.
         with torch.no_grad():
             weights = self._weights()
-        logits = self.supernet(train[0], weights)
-        loss = F.cross_entropy(logits, train[1])
+        logits = self._logits(images, weights)
+        loss = F.cross_entropy(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.clip:
-            nn.utils.clip_grad_norm_(self.supernet.parameters(), self.config.clip, foreach=True)
+            nn.utils.clip_grad_norm_(self._bilevel.parameters, self.config.clip, foreach=True)
         self._weight_optimizer.step()
-        self._totals[0] += loss.detach() * len(train[1])
-        self._totals[1] += (logits.detach().argmax(1) == train[1]).sum()
-        self._totals[2] += len(train[1])
+        self._totals[0].add_(loss.detach() * len(labels))
+        self._totals[1].add_((logits.detach().argmax(1) == labels).sum())
+        self._totals[2].add_(len(labels))
 
     def _end_epoch(self) -> EpochRecord:
         start = time.perf_counter()
@@ -331,7 +360,7 @@ class Search:
             peak_memory=peak_memory(self.device),
         )
         self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
-        self._totals = self._no_totals()
+        self._totals.zero_()
         self.weights.append(weights)
         self.history.append(record)
         return record
@@ -349,7 +378,7 @@ class Search:
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         for indices in torch.split(self.parts[1], self.config.batch_size):
             pixels, labels = self._batch(indices)
-            logits = self.supernet(normalize(pixels, self._data.mean, self._data.std), weights)
+            logits = self._logits(normalize(pixels, self._mean, self._std), weights)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
         self.supernet.train(training)
@@ -357,18 +386,24 @@ class Search:
         return loss.item() / images, correct.item() / images
 
     def _batch(self, indices: Tensor) -> Batch:
-        indices = indices.to(self.device)
+        indices = to_device(indices, self.device)
         return self._data.images[indices], self._data.labels[indices]
 
     def _augmented(self, indices: Tensor) -> Batch:
         images, labels = self._batch(indices)
-        data = self._data
-        return augment(images, self._augment, data.mean, data.std, self._augment_generator), labels
+        return augment(images, self._augment, self._mean, self._std, self._augment_generator), labels
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits: Tensor = self.supernet(images, self._weights())
+        logits = self._logits(images, self._weights())
         return F.cross_entropy(logits, labels), logits
+
+    def _logits(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        # Each parameter is read once a forward, so a cache of their casts would only hold memory.
+        dtype = AMP[self.config.amp]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            logits: Tensor = self.supernet(images, weights)
+        return logits.float()
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: self._relax(alpha) for name, alpha in self.alphas.items()}
@@ -380,10 +415,6 @@ class Search:
     def _lr(self) -> float:
         c = self.config
         return c.lr_min + (c.lr - c.lr_min) * (1 + math.cos(math.pi * self.epoch / c.epochs)) / 2
-
-    def _no_totals(self) -> Tensor:
-        # Summed loss, correct answers and images of the weight steps; summed loss and images of the alpha steps.
-        return torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(_seed(self.config.seed, purpose))

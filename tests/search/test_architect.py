@@ -60,6 +60,6 @@ def test_weights_are_frozen_while_the_alphas_learn():
 def test_frozen_restores_flags_after_an_error():
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     net[0].bias.requires_grad_(False)
-    with pytest.raises(ZeroDivisionError), frozen(net):
+    with pytest.raises(ZeroDivisionError), frozen(net.parameters()):
         _ = 1 / sum(p.requires_grad for p in net.parameters())
     assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]

@@ -80,6 +80,9 @@ def test_groups_hold_every_option_once():
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"threads": -1}, ValueError, "threads=-1"),
         ({"flip": 1}, TypeError, "flip=1: expected true or false"),
+        ({"amp": "fp16"}, ValueError, "amp='fp16': expected one of none, bf16"),
+        ({"cuda_graphs": True, "device": "cpu"}, ValueError, "cuda_graphs=True with device=cpu: only a GPU has them"),
+        ({"amp": True}, TypeError, "amp=True: expected text"),
         ({"method": "magic"}, ValueError, "method='magic' is unknown; choose from darts"),
         ({"data": "mnist"}, ValueError, "mnist.*choose one of digits"),
     ],
@@ -89,6 +92,12 @@ def test_bad_options_are_named(options, error, message):
         SearchConfig(**options)
 
 
+def test_cuda_graphs_are_an_option_of_a_gpu():
+    config = SearchConfig(device="cuda:1", cuda_graphs=True)
+    assert SearchConfig.from_dict(yaml.safe_load(dump_config(config))) == config
+    assert not SearchConfig(device="cuda:1").cuda_graphs
+
+
 def test_unknown_option():
     with pytest.raises(ValueError, match="unknown option 'learning_rate'"):
         SearchConfig.from_dict({"learning_rate": 1})
@@ -96,6 +105,7 @@ def test_unknown_option():
 
 def test_yaml_round_trip():
     config = SearchConfig(data="cifar10", root="/somewhere: else", lr=1e-5, lr_min=0.0, alpha_betas=(0.9, 0.99), seed=7)
+    config = dataclasses.replace(config, amp="bf16")
     text = dump_config(config)
     assert SearchConfig.from_dict(yaml.safe_load(text)) == config
     assert text.startswith("# A search of fastnas")

@@ -1,11 +1,14 @@
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastnas.data import normalize
+from fastnas.nn import MixedOp
 from fastnas.relaxations import softmax
 from fastnas.search import METHODS, DivergenceError, Method, Search, checkpoint, first_order, get_method, search
 from fastnas.search.checkpoint import CheckpointError
@@ -145,6 +148,31 @@ def test_checkpoint_of_other_options_is_refused(finished, tiny, images):
     Search(dataclasses.replace(tiny, threads=0), data=images).load_state_dict(done.state_dict())
 
 
+def test_checkpoints_from_before_an_option(finished, tiny, images):
+    """They are of a search with the option's default."""
+    done, _ = finished
+    state = done.state_dict()
+    state["config"] = {k: v for k, v in state["config"].items() if k != "amp"}
+    Search(tiny, data=images).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="amp='none', this one has amp='bf16'"):
+        Search(dataclasses.replace(tiny, amp="bf16"), data=images).load_state_dict(state)
+
+
+def test_settings_of_the_optimizers_are_the_machines_own(finished, tiny, images):
+    """A checkpoint brings the optimizers' state; how the update is computed depends on where the search goes on."""
+    done, _ = finished
+    state = copy.deepcopy(done.state_dict())
+    for group in state["weight_optimizer"]["param_groups"]:
+        group.update(fused=False, foreach=True, lr=0.5)  # as a search of another release had it
+    resumed = Search(tiny, data=images)
+    resumed.load_state_dict(state)
+    (group,) = resumed._weight_optimizer.param_groups
+    assert group["fused"]
+    assert group["lr"] == torch.tensor(tiny.lr)
+    momenta = [slot["momentum_buffer"] for slot in resumed._weight_optimizer.state.values()]
+    assert _same(momenta, [slot["momentum_buffer"] for slot in done._weight_optimizer.state.values()])
+
+
 def test_a_state_can_be_forked(tiny, images):
     parent, child = Search(tiny, data=images), Search(tiny, data=images)
     parent.run(on_step=lambda s: s.stop())
@@ -225,6 +253,44 @@ def test_first_step_follows_the_definition(tiny, images):
     for (name, p), grad, new in zip(parameters.items(), grads, run.supernet.parameters(), strict=True):
         step = config.lr * (grad * (config.clip / norm) + config.weight_decay * p.detach())
         assert (p.detach() - step - new).norm() <= 0.02 * step.norm() + 1e-7, name
+
+
+def test_bf16_is_only_inside_the_supernet(tiny, images):
+    seen = set()
+
+    def loss(logits, labels, **kwargs):
+        seen.add(("logits", logits.dtype))
+        return cross_entropy(logits, labels, **kwargs)
+
+    cross_entropy = F.cross_entropy
+    run = Search(dataclasses.replace(tiny, amp="bf16", epochs=1), data=images)
+    for module in run.supernet.modules():
+        if isinstance(module, (MixedOp, nn.Linear)):
+            module.register_forward_hook(lambda m, args, y: seen.add((type(m).__name__, y.dtype)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", loss)
+        result = run.run()
+    assert seen == {("logits", torch.float32), ("MixedOp", torch.bfloat16), ("Linear", torch.bfloat16)}
+    assert {t.dtype for t in _bits(run) if t.is_floating_point()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+
+    full = search(dataclasses.replace(tiny, epochs=1), data=images).history[0]
+    half = result.history[0]
+    assert half.train_loss != full.train_loss
+    # bfloat16 has 8 bits of precision.
+    assert half.train_loss == pytest.approx(full.train_loss, rel=0.03)
+    assert half.alpha_loss == pytest.approx(full.alpha_loss, rel=0.03)
+    assert half.valid_loss == pytest.approx(full.valid_loss, rel=0.03)
+
+
+def test_bf16_resumes_exactly(tiny, images):
+    config = dataclasses.replace(tiny, amp="bf16", epochs=1)
+    whole, first, second = (Search(config, data=images) for _ in range(3))
+    whole.run()
+    first.run(on_step=lambda s: s.stop())
+    second.load_state_dict(first.state_dict())
+    second.run()
+    assert _same(_bits(whole), _bits(second))
 
 
 def test_evaluation_uses_running_statistics(finished):
