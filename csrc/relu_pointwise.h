@@ -1,6 +1,6 @@
 // relu_pointwise: z = W relu(x), a 1x1 convolution, in channels_last memory. With stride 2 there are up to two groups:
 // output pixel (i, j) of group g reads input pixel (2 i + g, 2 j + g), and the groups' channels are concatenated.
-// Backward: grad_x = (x > 0) * W^T grad, zero where no group reads, and grad_weights = grad relu(x)^T.
+// Backward: grad_x = W^T grad, or zero where x <= 0 or no group reads; grad_weights = grad relu(x)^T.
 #pragma once
 #include "types.h"
 
@@ -50,7 +50,7 @@ void relu_pointwise_backward(const ReluPointwiseArgs& args, Stream stream);
 inline int64_t relu_pointwise_bytes(const ReluPointwiseArgs& a, int64_t size) {
   return (a.pixels() * (a.groups * a.in + a.channels) + a.channels * a.in) * size;
 }
-inline int64_t relu_pointwise_x_bytes(const ReluPointwiseArgs& a, int64_t size) {
+inline int64_t relu_pointwise_input_bytes(const ReluPointwiseArgs& a, int64_t size) {
   return relu_pointwise_bytes(a, size) + a.N * a.H * a.W * a.in * size;
 }
 }  // namespace fastnas

@@ -2,7 +2,6 @@
 #include "relu_pointwise.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "counters.h"
 #include "cpu/arena.h"
@@ -56,7 +55,7 @@ PointwiseRun<T> make_run(const ReluPointwiseArgs& a) {
   return run;
 }
 
-// [block][columns][lane] of a matrix (rows, columns) with element (r, c) at r * step + c * next: blocks of rows.
+// The matrix of rows x columns whose element (r, c) is at r * step + c * next, as [block of rows][column][lane].
 template <class T>
 void pack(const T* matrix, int64_t rows, int64_t step, int64_t columns, int64_t next, int lanes, T* to) {
   for (int64_t first = 0; first < rows; first += lanes) {
@@ -74,14 +73,11 @@ template <class T>
 void relu_pointwise(const ReluPointwiseArgs& args, Parallel parallel) {
   count("relu_pointwise", relu_pointwise_bytes(args, sizeof(T)));
   PointwiseRun<T> run = make_run<T>(args);
-  int64_t size = 0;
-  for (int g = 0; g < args.groups; ++g) size += (args.out(g) + run.lanes - 1) / run.lanes * run.lanes * args.in;
-  const Block<T> packed(size);
-  T* to = packed.get();
+  auto size = [&](int g) { return (args.out(g) + run.lanes - 1) / run.lanes * run.lanes * args.in; };
+  const Block<T> packed(size(0) + (args.groups > 1 ? size(1) : 0));
   for (int g = 0; g < args.groups; ++g) {
-    run.weights[g] = to;
-    pack(static_cast<const T*>(args.weights[g]), args.out(g), args.in, args.in, 1, run.lanes, to);
-    to += (args.out(g) + run.lanes - 1) / run.lanes * run.lanes * args.in;
+    run.weights[g] = packed.get() + (g > 0 ? size(0) : 0);
+    pack(static_cast<const T*>(args.weights[g]), args.out(g), args.in, args.in, 1, run.lanes, run.weights[g]);
   }
   parallel(run.chunks, [&](int64_t begin, int64_t end) {
     const Block<T> scratch(run.scratch_size());
@@ -91,7 +87,9 @@ void relu_pointwise(const ReluPointwiseArgs& args, Parallel parallel) {
 
 template <class T>
 void relu_pointwise_backward(const ReluPointwiseArgs& args, Parallel parallel) {
-  count("relu_pointwise_backward", relu_pointwise_x_bytes(args, sizeof(T)) + args.channels * args.in * sizeof(T));
+  count("relu_pointwise_backward",
+        (args.grad_x ? relu_pointwise_input_bytes(args, sizeof(T)) : relu_pointwise_bytes(args, sizeof(T))) +
+            (args.grad_weights[0] ? args.channels * args.in * static_cast<int64_t>(sizeof(T)) : 0));
   PointwiseRun<T> run = make_run<T>(args);
   const Block<T> packed(args.channels * run.padded), partial(run.slots * args.channels * run.padded);
   run.partial = partial.get();

@@ -15,8 +15,8 @@ FASTNAS_INLINE void tile_rows(int64_t n, F&& f) {
   for (; i < n; ++i) f(std::integral_constant<int, 1>{}, i);
 }
 
-// Calls f(std::integral_constant<int, J>, j) over [0, n) vectors in tiles of 3, 2 and 1, a single one only where n is 1
-// or J at most 2.
+// Calls f(std::integral_constant<int, J>, j) over [0, n) in tiles of J = kTileVectors, 2 and 1 vectors; four are two
+// pairs.
 template <class F>
 FASTNAS_INLINE void tile_vectors(int64_t n, F&& f) {
   int64_t j = 0;

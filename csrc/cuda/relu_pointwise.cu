@@ -20,7 +20,19 @@ bool by_four(const ReluPointwiseArgs& a) {
 
 int64_t most_out(const ReluPointwiseArgs& a) { return std::max(a.out(0), a.groups > 1 ? a.out(1) : 0); }
 
-// This thread's first result in the channels [0, end) of a map, of which V or fewer are written at a time.
+// Four channels from c on, as far as they lie before end; read and written at once where V is 4.
+template <class T, int V>
+__device__ inline void read_channels(const T* from, int64_t c, int64_t end, compute_t<T> (&values)[4]) {
+  using A = compute_t<T>;
+  fill(values, A(0));
+  if constexpr (V == 4) {
+    if (c < end) read<T, 4>(from + c, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (c + j < end) values[j] = static_cast<A>(from[c + j]);
+  }
+}
 template <class T, int V>
 __device__ inline void write_channels(T* to, int64_t c, int64_t end, const compute_t<T> (&values)[4]) {
   if constexpr (V == 4) {
@@ -115,9 +127,11 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
     const int64_t p = first + tile_row<N>() + i;
     if (p >= P) return;
     const int64_t window = a.source(p), pixel = window + a.offset(g);
+    A x[4];
+    read_channels<T, V>(static_cast<const T*>(a.x) + pixel * a.in, c, a.in, x);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (c + j < a.in && static_cast<A>(static_cast<const T*>(a.x)[pixel * a.in + c + j]) <= A(0)) acc[i][j] = A(0);
+      if (x[j] <= A(0)) acc[i][j] = A(0);  // NaN passes
     T* grad_x = static_cast<T*>(a.grad_x);
     write_channels<T, V>(grad_x + pixel * a.in, c, a.in, acc[i]);
     if (a.stride == 1 || g > 0) continue;
@@ -221,8 +235,8 @@ struct ReluPointwise {
       kernel = n == 16   ? relu_pointwise_input_kernel<T, V, 16>
                : n == 64 ? relu_pointwise_input_kernel<T, V, 64>
                          : kernel;
-    launch("relu_pointwise_backward_input", relu_pointwise_x_bytes(a, sizeof(T)), kernel, grid(a.in, n), dim3(kBlock),
-           stream, a);
+    launch("relu_pointwise_backward_input", relu_pointwise_input_bytes(a, sizeof(T)), kernel, grid(a.in, n),
+           dim3(kBlock), stream, a);
   }
 
   void weights() const {
