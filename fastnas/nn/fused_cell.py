@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fastnas import _library
 from fastnas.nn.batch_norm import given_statistics, special, update_tracked
 from fastnas.nn.mixed_op import MixedOp, Plan
-from fastnas.nn.operations import FactorizedReduce
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
 
 
@@ -69,9 +68,12 @@ class FusedCell:
         return result.y
 
     def _current(self, ops: nn.ModuleList) -> list[CellEdge] | None:
-        edges = [e for i in self._order if type(e := ops[i]) is MixedOp and e.k == 1 and not special(e)]
-        if len(edges) < len(ops):
-            return None
+        edges: list[MixedOp] = []
+        for i in self._order:
+            edge = ops[i]
+            if type(edge) is not MixedOp or edge.k != 1 or special(edge):
+                return None
+            edges.append(edge)
         plans = [e.described() for e in edges]
         if len(plans) == len(self._plans) and all(a is b for a, b in zip(plans, self._plans, strict=True)):
             return self._edges
@@ -88,7 +90,7 @@ class FusedCell:
                 e.source < self._inputs or (e.stride == 1 and not p.heads)
                 for e, p in zip(self._edges, plans, strict=True)
             )
-            and all(isinstance(getattr(h, "__self__", None), FactorizedReduce) for p in plans for h in p.heads)
+            and all(p.known for p in plans)
             and fits(self._edges)
         )
         if not fused:

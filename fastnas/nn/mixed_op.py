@@ -131,6 +131,8 @@ class MixedOp(nn.Module):
 
     def described(self) -> Plan:
         """Returns what the candidates are now; the same object while they stay so."""
+        if torch.compiler.is_compiling():  # which guards on what is read, and so needs no memory of its own
+            return Plan(self)
         if self._plan is None or not self._plan.holds(self):
             self._plan = Plan(self)
         return self._plan
@@ -158,6 +160,7 @@ class _Entry:
     norms: tuple[nn.BatchNorm2d, ...] = ()
     convs: tuple[nn.Conv2d, ...] = ()  # of a convolutional candidate: depthwise and pointwise, or dense, of each stage
     head: Callable[[Tensor], Tensor] | None = None  # of a map: all before its norm
+    known: bool = False  # of a map: its head gives the shape of the edge's output
 
 
 class Plan:
@@ -171,9 +174,10 @@ class Plan:
         self.norms = [n for e in self.entries for n in e.norms]
         self.convs = [c for e in self.entries for c in e.convs]
         self.heads = [e.head for e in self.entries if e.head is not None]
+        self.known = all(e.head is None or e.known for e in self.entries)
         self.eps = [n.eps for n in self.norms]
         self.ops = owner._ops
-        self.inside = list(owner._ops.modules())
+        self.inside = [] if torch.compiler.is_compiling() else list(owner._ops.modules())
         self.facts = [_facts(m) for m in self.inside]
         self.hooks = [hooks for m in self.inside for hooks in hooks_of(m)]
         self.hooked = [bool(hooks) for hooks in self.hooks]
@@ -261,7 +265,7 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
     layers = _layers(op)
     if layers is None:
         if type(op) is FactorizedReduce and foldable(op.bn, training):
-            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce)
+            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce, known=True)
         return whole
     pool = _pool(layers[0], stride)
     if pool is not None:

@@ -42,7 +42,9 @@ class Case:
         y = cell(*self.inputs, self.weights, **more)
         torch.manual_seed(1)
         leaves = [*self.inputs, self.weights, *cell.parameters()]
-        grads = torch.autograd.grad(y, leaves, torch.randn(y.shape, dtype=y.dtype), allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            y, leaves, torch.randn(y.shape, dtype=y.dtype), allow_unused=True, materialize_grads=True
+        )
         return [y.detach(), *grads, *cell.buffers()]
 
 
