@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs", "images", "scaling.png"), help="the picture")
     parser.add_argument("--json", type=Path, default=folder() / f"scaling-{machine()}.json", help="the numbers")
-    parser.add_argument("--rounds", type=int, default=5, help="of every point (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every point (default: 3)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a check, and numbers of no worth")
     options = parser.parse_args(arguments)

@@ -147,9 +147,36 @@ def test_groups_that_fail_or_do_not_fit_are_recorded(tmp_path: Path) -> None:
     assert read["status"] == "failed"
     session.longest = 100.0
     session.measure("third", lambda: {"value": 3})
-    read = json.loads((tmp_path / "part.json").read_text())
-    assert read["status"] == "time up"
-    assert read["left_out"] == ["third"]
+    assert json.loads((tmp_path / "part.json").read_text())["left_out"] == ["third"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "seconds", "expected"),
+    [
+        ({"fastnas": {"status": "measured"}, "eager": {"status": "failed"}}, 60, "passed"),
+        ({"fastnas": {"status": "failed"}, "eager": {"status": "measured"}}, 60, "failed"),
+        ({}, -1, "time up"),
+    ],
+)
+def test_status_of_a_measuring_part(tmp_path: Path, variants: dict[str, object], seconds: float, expected: str) -> None:
+    session = gpu.Session("cpu", True, seconds, tmp_path / "part.json")
+    session.measure("group", lambda: {"variants": variants})
+    assert session.result["status"] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "line", "expected"),
+    [
+        ("cuda", "3 passed, 1 skipped in 1.0s", "passed"),
+        ("cuda", "4 skipped in 1.0s", "failed"),
+        ("cpu", "4 skipped in 1.0s", "passed"),
+    ],
+)
+def test_skipped_tests_pass_only_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, line: str, expected: str
+) -> None:
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: gpu.Done(0, 1.0, line))
+    assert gpu.tests(device, False, 60)["status"] == expected
 
 
 def test_a_variant_that_cannot_run_or_is_wrong_is_not_timed() -> None:
