@@ -40,11 +40,13 @@ def variant(
     parameters: Mapping[str, Tensor],
     grad: Tensor,
     compile_parts: Callable[[nn.Module], list[nn.Module]] = lambda module: [module],
+    mode: str | None = None,
 ) -> Variant:
     """Returns the variant that runs ``module(*arguments)`` with the parameters and buffers of ``state``.
 
     ``inputs`` and ``parameters`` are those of the arguments that get gradients; the module's parameters come on top.
-    ``compile_parts(module)`` are compiled each on its own; those of the same class and shapes share one graph.
+    ``compile_parts(module)`` are compiled each on its own; those of the same class and shapes share one graph. ``mode``
+    is torch.compile's.
     """
     module.load_state_dict(state, strict=True)
     module = module.to(device, dtype).train()
@@ -53,7 +55,7 @@ def variant(
     if name.startswith("compiled"):
         torch._dynamo.config.recompile_limit = 64  # one graph for each differently shaped part
         for part in compile_parts(module):
-            part.compile(dynamic=False)  # or shapes that differ from the first would get slower graphs
+            part.compile(dynamic=False, mode=mode)  # or shapes that differ from the first would get slower graphs
     if grad.dim() == 4:
         grad = grad.contiguous(memory_format=layout(name))
     parameters = {**parameters, **dict(module.named_parameters())}

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import torch
 
-import fastnas
-from fastnas import _C
-
 
 def processor() -> str:
     """Returns the CPU's name."""
@@ -23,8 +20,8 @@ def processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def facts() -> dict[str, object]:
-    """Returns what a reader needs to judge a result by; no host or user name."""
+def hardware() -> dict[str, object]:
+    """Returns the part of the facts that needs no fastnas."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -33,17 +30,32 @@ def facts() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fastnas": fastnas.__version__,
-        **{name: value for name, value in _C.build_info().items() if name != "cxx_standard"},
     }
+
+
+def facts() -> dict[str, object]:
+    """Returns what a reader needs to judge a result by; no host or user name."""
+    import fastnas
+    from fastnas import _C
+
+    build = {name: value for name, value in _C.build_info().items() if name != "cxx_standard"}
+    return {**hardware(), "fastnas": fastnas.__version__, **build}
 
 
 def machine() -> str:
     """Returns the machine's name in results: its GPU, or its CPU and how many cores of it."""
-    known = facts()
+    known = hardware()
     gpus = known["gpus"]
     name = str(gpus[0]) if isinstance(gpus, list) and gpus else f"{known['processor']} {known['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu", "", name.lower())).strip("-")
+
+
+def folder() -> Path:
+    """Returns where results of this version are kept; found without importing fastnas, which may not be built yet."""
+    source = Path(__file__).resolve().parents[1] / "fastnas" / "__init__.py"
+    version = re.search(r'^__version__ = "(.+)"$', source.read_text(), re.MULTILINE)
+    assert version is not None
+    return Path("benchmarks", "results", version[1])
 
 
 def write(path: Path, content: object) -> None:
@@ -58,4 +70,4 @@ def write(path: Path, content: object) -> None:
 
 
 if __name__ == "__main__":
-    print(Path("benchmarks", "results", fastnas.__version__, f"{machine()}.json"))
+    print(folder() / f"{machine()}.json")

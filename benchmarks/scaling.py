@@ -21,9 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-import fastnas
 from benchmarks import plain
-from benchmarks.facts import facts, machine, write
+from benchmarks.facts import facts, folder, machine, write
 from benchmarks.measure import MIB, Variant, check, errors, in_turn, saved_bytes
 from benchmarks.supernets import SPACES, loss_on_a_batch
 from fastnas.report.style import DPI, FAINT, INK, SANS, SLATE, save
@@ -165,10 +164,9 @@ def _dress(axes: Axes, values: Sequence[int], slopes: Sequence[float]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures all curves, writes the numbers after each and the picture at the end."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0])
-    results = Path("benchmarks", "results", fastnas.__version__)
     parser.add_argument("--out", type=Path, default=Path("docs", "images", "scaling.png"), help="the picture")
-    parser.add_argument("--json", type=Path, default=results / f"scaling-{machine()}.json", help="the numbers")
-    parser.add_argument("--rounds", type=int, default=5, help="of every point (default: 5)")
+    parser.add_argument("--json", type=Path, default=folder() / f"scaling-{machine()}.json", help="the numbers")
+    parser.add_argument("--rounds", type=int, default=3, help="of every point (default: 3)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a check, and numbers of no worth")
     options = parser.parse_args(arguments)

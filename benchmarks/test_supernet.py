@@ -18,7 +18,17 @@ QUICK = [("DARTS", 4, 4, 3, 16, 1), ("PC-DARTS", 4, 8, 3, 16, 4), ("NAS-Bench-20
 SLOW_TO_COMPILE = True
 
 
-def test_supernet(shape: tuple[str, int, int, int, int, int], compete: Callable[..., None], device: str) -> None:
+Shape = tuple[str, int, int, int, int, int]
+
+
+def title(shape: Shape) -> str:
+    """Returns what a benchmark of this supernet is called."""
+    name, batch, channels, cells, size, k = shape
+    what = f"{cells} cells" if name != "NAS-Bench-201" else f"3 x {cells} cells"
+    return f"{name} supernet, C {channels}, {what}, batch {batch}, {size}x{size}{f', k={k}' if k > 1 else ''}"
+
+
+def test_supernet(shape: Shape, compete: Callable[..., None], device: str) -> None:
     name, batch, channels, cells, size, k = shape
     space = SPACES[name]
     options = {"k": k} if k > 1 else {}
@@ -27,7 +37,4 @@ def test_supernet(shape: tuple[str, int, int, int, int, int], compete: Callable[
     def build(name: str, dtype: torch.dtype) -> Variant:
         return loss_on_a_batch(space, name, dtype, device, **sizes, ours=options, theirs=options)
 
-    what = f"{cells} cells" if name != "NAS-Bench-201" else f"3 x {cells} cells"
-    partial = f", k={k}" if k > 1 else ""
-    group = f"{name} supernet, C {channels}, {what}, batch {batch}, {size}x{size}{partial}"
-    compete(group, build, rounds=7, tolerance=1e-3, region=f"each {space.region.__name__}")
+    compete(title(shape), build, rounds=7, tolerance=1e-3, region=f"each {space.region.__name__}")
