@@ -301,22 +301,35 @@ void pool_row(const Run<T>& run, const T* image, int block, int oy, const PoolRo
   const T* p = image + int64_t(y0) * W * step + block * V;
   store(rows.vmax, splat(-std::numeric_limits<T>::infinity())), store(rows.vsum, zero<T>());
   store(rows.vmax + (W + 1) * V, splat(-std::numeric_limits<T>::infinity())), store(rows.vsum + (W + 1) * V, zero<T>());
-  for (int x = 0; x < W; ++x) {
-    const T* q = p + x * step;
-    Vec<T> m = load_n(q, n), s = m;
-    for (int y = y0 + 1; y <= y1; ++y) {
-      const Vec<T> v = load_n(q += W * step, n);
-      m = pool_max<T>(m, v), s += v;
+  const int64_t down = W * step;
+  auto columns = [&](auto rows_count) FASTNAS_LAMBDA_INLINE {
+    for (int x = 0; x < W; ++x) {
+      const T* q = p + x * step;
+      Vec<T> m = load_n(q, n), sum = m;
+#pragma GCC unroll 3
+      for (int i = 1; i < decltype(rows_count)::value; ++i) {
+        const Vec<T> v = load_n(q += down, n);
+        m = pool_max<T>(m, v), sum += v;
+      }
+      fetch(q + S * down);  // the next output row's
+      store(rows.vmax + (x + 1) * V, m), store(rows.vsum + (x + 1) * V, sum);
     }
-    store(rows.vmax + (x + 1) * V, m), store(rows.vsum + (x + 1) * V, s);
-  }
+  };
+  const int height = y1 - y0 + 1;
+  if (height == 3)
+    columns(std::integral_constant<int, 3>{});
+  else if (height == 2)
+    columns(std::integral_constant<int, 2>{});
+  else
+    columns(std::integral_constant<int, 1>{});
+  const Vec<T> inner = share<T>(height * 3);
   for (int ox = 0; ox < a.OW; ++ox) {
     const int64_t i = int64_t(ox) * S * V;
-    const int x0 = ox * S > 0 ? ox * S - 1 : 0, x1 = ox * S + 1 < W ? ox * S + 1 : W - 1;
+    const int width = 1 + (ox * S > 0) + (ox * S + 1 < W);
+    const Vec<T> sum = load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V);
     store(rows.max + ox * V,
           pool_max<T>(pool_max<T>(load(rows.vmax + i), load(rows.vmax + i + V)), load(rows.vmax + i + 2 * V)));
-    store(rows.avg + ox * V, (load(rows.vsum + i) + load(rows.vsum + i + V) + load(rows.vsum + i + 2 * V)) *
-                                 share<T>((y1 - y0 + 1) * (x1 - x0 + 1)));
+    store(rows.avg + ox * V, sum * (width == 3 ? inner : share<T>(height * width)));
   }
 }
 
