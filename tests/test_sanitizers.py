@@ -18,7 +18,8 @@ pytestmark = [
 # The tests that reach every kernel and every check; tracing and compiling add nothing here but time.
 TESTS = (
     "matches_reference or mixed_layouts or unaligned or any_number or equals_reference or one_end_alone or raw_op or "
-    "same_bits or equals_the_reference or low_precision or pooling or each_gradient_alone or first_pixel"
+    "same_bits or equals_the_reference or low_precision or pooling or each_gradient_alone or first_pixel or "
+    "odd_shapes"
 )
 
 
