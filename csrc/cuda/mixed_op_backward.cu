@@ -283,12 +283,13 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
   const int64_t in = static_cast<int64_t>(blockIdx.y) * N;
   constexpr int kGroups = kDepth / V;
   const int k = static_cast<int>(threadIdx.x) % kGroups * V;
-  A acc[4][4] = {};
+  A total[4][4] = {};
   for (int stage = 0; stage < a.stages_count; ++stage) {
     const Stage& s = a.stages[stage];
     if (s.source != target || !s.dense) continue;
     const T* pointwise = static_cast<const T*>(s.pointwise);
     const int pad = (s.kernel - 1) / 2;
+    A acc[4][4] = {};  // of this stage: shorter sums are closer ones
     for (int64_t depth = 0; depth < a.C; depth += kDepth) {
       const int o = static_cast<int>(depth) + k;
       const OutputGradient<T, V> gradient(a, scratch, stage, o < a.C ? o : 0);
@@ -317,13 +318,17 @@ __global__ void __launch_bounds__(kBlock, kFewBlocks<T>)
           __syncthreads();
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[i][j] += acc[i][j];
   }
   auto where = [&](int i) -> int64_t {
     if (first + i >= pixels) return -1;
     const Place q = place(first + i, rows, columns);
     return ((q.n * to.H + q.h * stride + top) * to.W + q.w * stride + left) * to.step;
   };
-  Tile<A, N>::template write_map<T, V>(to.grad, where, in, a.C, acc);
+  Tile<A, N>::template write_map<T, V>(to.grad, where, in, a.C, total);
 }
 
 // One chunk's part of the listed stages' pointwise weights' gradients, an N x N tile of (out, in) of one tap a block:
