@@ -118,6 +118,7 @@ def saved_bytes(forward: Callable[[], object], besides: Iterable[Tensor] = ()) -
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
+        t = t.detach()  # an output of the node that saves it would keep the node, and itself, alive for ever
         kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 

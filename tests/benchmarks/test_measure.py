@@ -89,6 +89,12 @@ def test_saved_bytes_of_temporaries_are_all_counted() -> None:
     assert measure.saved_bytes(lambda: [x.exp() for _ in range(7)]) == 7 * 4000
 
 
+def test_saved_bytes_leaves_nothing_behind() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    _, held = measure.memory(lambda: measure.saved_bytes(lambda: x.exp().exp()))
+    assert held == 0
+
+
 def _mixed_op(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> Variant:
     module = module.to(dtype)
     generator = torch.Generator().manual_seed(1)
