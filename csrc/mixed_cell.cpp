@@ -41,8 +41,12 @@ class Cell {
     STD_TORCH_CHECK(weights.dim() == 2 && weights.is_contiguous() && weights.scalar_type() == compute_dtype(inputs[0]),
                     op, ": weights must be a contiguous matrix, edge by candidate");
     candidates = static_cast<int>(weights.size(1));
-    for (const CellEdge& e : list)
-      STD_TORCH_CHECK(e.row >= 0 && e.row < weights.size(0), op, ": weights has no row ", e.row);
+    std::vector<bool> used(static_cast<size_t>(weights.size(0)));
+    for (const CellEdge& e : list) {
+      STD_TORCH_CHECK(e.row >= 0 && e.row < weights.size(0) && !used[e.row], op, ": weights has no row ", e.row,
+                      ", or another edge has it");
+      used[e.row] = true;
+    }
     STD_TORCH_CHECK(plan.size() == list.size() * candidates * kPlanFields, op, ": plan must have ", kPlanFields,
                     " fields for each candidate of each edge");
     kept = states - sources - static_cast<int>(concat);

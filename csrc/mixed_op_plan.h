@@ -17,7 +17,7 @@ struct Operands {
 void add_edge(const char* op, MixedOpArgs& a, const Tensor& x, const int64_t* plan, int candidates, int weight,
               Operands& from);
 
-// Sets the geometry of a fan that leaves x: channels_last, or a slice of channels of such a tensor.
+// Sets the geometry of a fan that leaves x, which must be channels_last.
 void set_input(const char* op, MixedOpArgs& a, const Tensor& x, int64_t stride);
 
 // Points at rows [first, first + norms) of the statistics.

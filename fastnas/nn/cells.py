@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.nn.fused_cell import FusedCell
-from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.mixed_op import MixedOp, as_table
 from fastnas.nn.operations import PRIMITIVES, FactorizedReduce, ReLUConvBN
 
 
@@ -16,7 +16,8 @@ class Cell(nn.Module):
     """A cell whose every edge is a MixedOp.
 
     State 0 and 1 are the preprocessed outputs of the two previous cells; node i = 2, 3, ... is Σ_j MixedOp_(i, j)(state
-    j) over all j < i; the output concatenates the last ``multiplier`` states. Edges are ordered by (node, input).
+    j) over all j < i; the output concatenates the last ``multiplier`` states. Edges are ordered by (node, input). The
+    backward reads the output, so it must not be changed in place.
 
     Args:
         steps: number of nodes.
@@ -78,11 +79,10 @@ class Cell(nn.Module):
             edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        if not isinstance(weights, Tensor):
-            weights = torch.stack(list(weights))
-        if edge_weights is not None and not isinstance(edge_weights, Tensor):
-            edge_weights = torch.stack(list(edge_weights))
-        factored = weights if edge_weights is None else weights * edge_weights[:, None]
+        weights, edges = as_table(weights, s0.device), len(self._ops)
+        factored = weights[:edges]
+        if edge_weights is not None:
+            factored = factored * as_table(edge_weights, s0.device)[:edges, None]
         y = self._fused.run(self._ops, states, factored)
         if y is not None:
             return y

@@ -27,8 +27,10 @@ class FusedCell:
         self._inputs = inputs
         self._concat = concat
         self._order = sorted(range(len(wiring)), key=wiring.__getitem__)
-        self._plans: list[Plan] = []  # in this order
-        self._edges: list[CellEdge] | None = None
+        self._known: tuple[list[Plan], list[CellEdge] | None] = (
+            [],
+            None,
+        )  # in this order; written at once, for threads
 
     def __deepcopy__(self, memo: dict[int, object]) -> FusedCell:
         return FusedCell(self._wiring, self._inputs, self._concat)  # the copy's modules are others
@@ -36,63 +38,69 @@ class FusedCell:
     def __reduce__(self) -> tuple[type[FusedCell], tuple[object, ...]]:
         return FusedCell, (self._wiring, self._inputs, self._concat)
 
-    def run(self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor | Sequence[Tensor]) -> Tensor | None:
+    def run(self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor) -> Tensor | None:
         """Returns the cell's output; None where its edges have to be run one by one.
 
         Args:
             ops: the edges, as in the wiring.
             inputs: the first states, (N, C, H, W).
-            weights: (E, O), or E rows of O.
+            weights: (E, O).
+
+        Raises:
+            ValueError: where the inputs have other channels than the edges.
         """
-        edges = self._current(ops)
+        plans, edges = self._current(ops)
         x = inputs[0]
-        if edges is None or x.dim() != 4 or _library.namespace(None, x) is None:
+        if edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs):
             return None
-        params: list[Tensor] = [c.weight for plan in self._plans for c in plan.convs]
-        maps = [h(inputs[e.source]) for e, plan in zip(edges, self._plans, strict=True) for h in plan.heads]
-        norms = [n for plan in self._plans for n in plan.norms]
+        if _library.namespace(None, x) is None:
+            return None
+        params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
+        norms = [n for plan in plans for n in plan.norms]
+        wrong = [n.num_features for n in norms if n.num_features != x.shape[1]]
+        if wrong:
+            raise ValueError(f"x has {x.shape[1]} channels: expected {wrong[0]}, as the candidates were made for")
+        maps = [h(inputs[e.source]) for e, plan in zip(edges, plans, strict=True) for h in plan.heads]
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs, params, maps = ([t.to(dtype) for t in ts] for ts in (inputs, params, maps))
         result = mixed_cell(
             inputs,
-            weights if isinstance(weights, Tensor) else torch.stack(list(weights)),
+            weights,
             edges,
             params,
             maps,
             concat=self._concat,
             eps=[n.eps for n in norms],
-            statistics=None if self._plans[0].training else given_statistics(norms),
+            statistics=None if plans[0].training or not norms else given_statistics(norms),
         )
         update_tracked(norms, result)
         return result.y
 
-    def _current(self, ops: nn.ModuleList) -> list[CellEdge] | None:
-        edges: list[MixedOp] = []
+    def _current(self, ops: nn.ModuleList) -> tuple[list[Plan], list[CellEdge] | None]:
+        """Returns what the edges are now, in the op's order, and how the op is told; None where it cannot be."""
+        modules: list[MixedOp] = []
         for i in self._order:
             edge = ops[i]
             if type(edge) is not MixedOp or edge.k != 1 or special(edge):
-                return None
-            edges.append(edge)
-        plans = [e.described() for e in edges]
-        if len(plans) == len(self._plans) and all(a is b for a, b in zip(plans, self._plans, strict=True)):
-            return self._edges
-        self._plans = plans
-        self._edges = [
+                return [], None
+            modules.append(edge)
+        plans = [e.described() for e in modules]
+        known, edges = self._known
+        if len(plans) == len(known) and all(a is b for a, b in zip(plans, known, strict=True)):
+            return known, edges
+        edges = [
             CellEdge(*self._wiring[i], plan.stride, i, plan.candidates)
             for i, plan in zip(self._order, plans, strict=True)
         ]
-        strides = {(e.source, e.stride) for e in self._edges}
+        strides = {(e.source, e.stride) for e in edges}
+        inner = [(e, p) for e, p in zip(edges, plans, strict=True) if e.source >= self._inputs]
         fused = (
             len({p.training for p in plans}) == len({len(p.candidates) for p in plans}) == 1
             and len(strides) == len({source for source, _ in strides})
-            and all(
-                e.source < self._inputs or (e.stride == 1 and not p.heads)
-                for e, p in zip(self._edges, plans, strict=True)
-            )
+            and all(e.stride == 1 and not p.heads for e, p in inner)
             and all(p.known for p in plans)
-            and fits(self._edges)
+            and fits(edges)
         )
-        if not fused:
-            self._edges = None
-        return self._edges
+        self._known = (plans, edges if fused else None)
+        return self._known

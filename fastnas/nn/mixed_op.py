@@ -28,7 +28,8 @@ class MixedOp(nn.Module):
 
     DARTS' own candidates, and the last ``BatchNorm2d(affine=False)`` of any other, are folded into the sum; everything
     else about a module (custom forward, hooks, other norms) is respected by calling it. Hooks that torch keeps for all
-    modules (``register_module_forward_hook``) see the MixedOp, not the folded candidates.
+    modules (``register_module_forward_hook``) see the MixedOp, or the cell that it is an edge of, not the folded
+    candidates.
 
     The result is in channels_last memory: code that views a feature map as rows needs ``.reshape``. Under autocast it
     has autocast's dtype. PC-DARTS' own class has k = 4 built in: :class:`fastnas.compat.pc_darts.MixedOp`.
@@ -89,8 +90,7 @@ class MixedOp(nn.Module):
             x: shape (N, C, H, W).
             weights: one a candidate, as a relaxation gives them.
         """
-        if not isinstance(weights, Tensor):
-            weights = torch.stack([torch.as_tensor(w, device=x.device) for w in weights])
+        weights = as_table(weights, x.device)
         if self.k == 1:
             return self._sum(x, weights)
         active, bypass = partial_channels_split(x, self.k, self.stride)
@@ -136,6 +136,15 @@ class MixedOp(nn.Module):
         if self._plan is None or not self._plan.holds(self):
             self._plan = Plan(self)
         return self._plan
+
+
+def as_table(weights: Tensor | Sequence[object], device: torch.device) -> Tensor:
+    """Returns weights given as a tensor, a row of scalars or rows of them as one tensor, plain numbers on device."""
+    if isinstance(weights, Tensor):
+        return weights
+    return torch.stack(
+        [as_table(w, device) if isinstance(w, Sequence) else torch.as_tensor(w, device=device) for w in weights]
+    )
 
 
 def _build(name: str, C: int, stride: int) -> nn.Module:
@@ -238,19 +247,29 @@ def _sum_apart(outputs: list[Tensor], weights: Tensor) -> Tensor:
 
 
 _NORM_FACTS = operator.itemgetter("training", "eps", "num_features", "track_running_stats")
-_CONV_FACTS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups")
+_CONV_FACTS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def _facts(m: nn.Module) -> tuple[object, ...]:
     """What :func:`_describe` reads of a module, hooks aside: a plan holds while none of it changes."""
     d = m.__dict__  # read on every forward, so not through nn.Module's attributes
-    parameters = d["_parameters"]
     if type(m) is nn.BatchNorm2d:
-        given = d["_buffers"]["running_mean"] is None, parameters["weight"] is None, parameters["bias"] is None
-        return (_NORM_FACTS(d), given, "forward" in d)
+        missing = [_missing(m, name) for name in ("running_mean", "weight", "bias")]
+        return (_NORM_FACTS(d), missing, "forward" in d)
     if type(m) is nn.Conv2d:
-        return (_CONV_FACTS(d), parameters["bias"] is None, "forward" in d)
+        return (_CONV_FACTS(d), _missing(m, "bias"), "forward" in d)
+    if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
+        return (type(m), [v for name, v in d.items() if not name.startswith("_")])
     return (type(m), *d["_modules"].values(), "forward" in d)
+
+
+def _missing(m: nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer is None; replicas and pruned modules keep them as plain attributes."""
+    for kind in ("_parameters", "_buffers"):
+        values = m.__dict__[kind]
+        if name in values:
+            return values[name] is None
+    return getattr(m, name) is None
 
 
 def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:

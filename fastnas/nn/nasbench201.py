@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastnas.nn.fused_cell import FusedCell
-from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.mixed_op import MixedOp, as_table
 from fastnas.nn.operations import OPS, ReLUConvBN
 
 NASBENCH201_PRIMITIVES: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -51,6 +51,7 @@ class NASBench201Cell(nn.Module):
             x: (N, C, H, W).
             weights: (E, O), or E rows of O.
         """
+        weights = as_table(weights, x.device)
         y = self._fused.run(self._ops, [x], weights)
         if y is not None:
             return y

@@ -35,7 +35,7 @@ class CellEdge(NamedTuple):
     source: int  # the state that it leaves
     node: int  # the state that it leads to
     stride: int  # 2 only from an input
-    row: int  # of the weights
+    row: int  # of the weights; no two edges have the same
     candidates: tuple[Candidate, ...]
 
 
@@ -109,6 +109,8 @@ class _MixedCell(torch.autograd.Function):
         need = ctx.needs_input_grad[8:]
         need_inputs = need[:n_inputs]
         need_params, need_maps = any(need[n_inputs:][:n_params]), any(need[n_inputs + n_params :])
+        y, *inputs = (t.contiguous(memory_format=torch.channels_last) for t in (y, *inputs))  # hooks may have unpacked
+        maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]  # them in another layout
         grad_inputs, grad_weights, grad_params, grad_maps = ops._mixed_cell_backward(
             grad.contiguous(memory_format=torch.channels_last),
             *(inputs, y, states, weights, params, maps, outs, mean, invstd, plan, edges, concat, training),
@@ -199,8 +201,10 @@ def _check(
     maps: Sequence[Tensor],
     concat: int,
 ) -> tuple[int, int, int, int]:
-    if not inputs or not edges:
-        raise ValueError("inputs and edges must not be empty")
+    if isinstance(inputs, Tensor) or not inputs or not edges:
+        raise ValueError("inputs must be a sequence of tensors and edges one of CellEdge, neither empty")
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights is a {type(weights).__name__}: expected a tensor of shape (rows, candidates)")
     x = inputs[0]
     for i, t in enumerate(inputs):
         _common.check_tensors(f"inputs[{i}]", [t])
@@ -239,6 +243,8 @@ def _check(
         if n not in sizes or (n < len(inputs) + nodes - concat and n not in strides):
             raise ValueError(f"state {n} has no edge in, or none out")
     rows = max(e.row for e in edges) + 1
+    if min(e.row for e in edges) < 0 or len({e.row for e in edges}) < len(edges):
+        raise ValueError("edges must have different rows of weights, counted from 0")
     if weights.dim() != 2 or weights.shape[0] < rows or weights.shape[1] != len(edges[0].candidates):
         raise ValueError(
             f"weights has shape {tuple(weights.shape)}: expected at least {rows} rows of {len(edges[0].candidates)}"
@@ -251,6 +257,8 @@ def _check(
         ("params", params, [s for o in every for s in o.shapes(c)]),
         ("maps", maps, [out] * sum(o.kind == "map" for o in every)),
     ):
+        if not all(isinstance(t, Tensor) for t in tensors):
+            raise TypeError(f"{name} must hold tensors, got {sorted({type(t).__name__ for t in tensors})}")
         if [tuple(t.shape) for t in tensors] != expected:
             raise ValueError(f"{name} has shapes {[tuple(t.shape) for t in tensors]}: expected {expected}")
         if any(t.device != x.device or t.dtype != x.dtype for t in tensors):

@@ -185,7 +185,8 @@ class _MixedOp(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         ops, plan, stride, training, (n_params, n_maps) = ctx.call
         x, weights, *rest, mean, invstd = saved
-        params, maps, outs = rest[:n_params], rest[n_params : n_params + n_maps], rest[n_params + n_maps :]
+        x, *maps_and_outs = (t.contiguous(memory_format=torch.channels_last) for t in (x, *rest[n_params:]))
+        params, maps, outs = rest[:n_params], maps_and_outs[:n_maps], maps_and_outs[n_maps:]
         need_x, need_weights = ctx.needs_input_grad[6:8]
         need = ctx.needs_input_grad[8:]
         need_params, need_maps = any(need[:n_params]), any(need[n_params:])

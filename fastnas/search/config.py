@@ -160,7 +160,7 @@ class SearchConfig(MachineOptions, AlphaOptions, WeightOptions, DataOptions, Spa
             if not accepts(value):
                 raise ValueError(f"{name}={value!r}: expected {meaning}")
         if self.cuda_graphs and not self.device.startswith("cuda"):
-            raise ValueError(f"cuda_graphs=True with device={self.device}: only a GPU has them; leave out cuda_graphs")
+            raise ValueError(f"cuda_graphs=True with device={self.device}: only a GPU has them; set it to False")
         if self.channels % self.k:
             raise ValueError(f"k={self.k} does not divide channels={self.channels}; choose channels as a multiple of k")
         if self.lr_min > self.lr:

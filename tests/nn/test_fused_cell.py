@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastnas
 from fastnas.nn import Cell, MixedOp, NASBench201Cell
@@ -64,6 +67,81 @@ def test_edge_weights():
         case.outcome(edge_weights=beta), case.outcome(edge_weights=list(beta), one_by_one=True), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_rows_of_scalars_and_more_rows_than_edges():
+    case = Case()
+    expected = case.cell(*case.inputs, case.weights)
+    rows = [list(row) for row in case.weights]
+    assert torch.equal(case.cell(*case.inputs, rows), expected)
+    case = Case()
+    more = torch.cat([case.weights, torch.ones(2, 8, dtype=torch.float64)])
+    assert torch.equal(case.cell(*case.inputs, more, torch.ones(len(case.cell._ops) + 1)), expected)
+
+
+@pytest.mark.parametrize("kind", ["normal", "nasbench201"])
+def test_an_empty_batch_leaves_running_statistics_alone(kind):
+    case = Case(kind)
+    y = case.cell(*(i[:0] for i in case.inputs), case.weights)
+    assert len(y) == 0
+    assert all(b.isfinite().all() for n, b in case.cell.named_buffers() if "_ops" in n)
+
+
+def test_a_cell_without_batch_norms_in_eval_mode():
+    cell = NASBench201Cell(4, primitives=("none", "skip_connect", "avg_pool_3x3")).eval()
+    assert cell(torch.ones(2, 4, 5, 5), torch.ones(6, 3)).isfinite().all()
+
+
+def test_wrong_channels():
+    with pytest.raises(ValueError, match="x has 6 channels: expected 4"):
+        NASBench201Cell(4)(torch.ones(2, 6, 5, 5), torch.ones(6, 5))
+
+
+def test_what_a_module_reads_is_read_again():
+    case = Case()
+    before = case.cell(*case.inputs, case.weights)
+    case.cell._ops[0]._ops[2][0].count_include_pad = True
+    changed = case.cell(*case.inputs, case.weights)
+    assert not torch.allclose(before, changed)
+    torch.testing.assert_close(changed, case.outcome(one_by_one=True)[0])
+
+
+def test_pruned_modules():
+    edge = MixedOp([nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), nn.Identity()])
+    prune.random_unstructured(edge._ops[0][1], "bias", 0.5)
+    assert edge(torch.ones(2, 4, 5, 5), torch.ones(2)).isfinite().all()
+
+
+def test_copies_on_other_threads_use_their_own_parameters():
+    # as torch.nn.DataParallel makes them: one __dict__ copied
+    case = Case()
+    twins = [copy.copy(case.cell) for _ in range(2)]
+    for scale, twin in enumerate(twins, 1):
+        twin._modules = dict(twin._modules, _ops=copy.deepcopy(case.cell._ops))
+        with torch.no_grad():
+            for p in twin._ops.parameters():
+                p.mul_(scale)
+    expected = [copy.deepcopy(t)(*case.inputs, case.weights) for t in twins]
+    wrong, barrier = [], threading.Barrier(2)
+
+    def work(i):
+        for _ in range(20):
+            barrier.wait()
+            with torch.no_grad():
+                if not torch.equal(twins[i](*case.inputs, case.weights), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 def partial(cell):

@@ -296,13 +296,16 @@ def test_empty_batches_and_large_cells_run_on_the_reference():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: {"inputs": []}, "must not be empty"),
+        (lambda c: {"inputs": []}, "neither empty"),
         (lambda c: {"inputs": [c.inputs[0], c.inputs[1][:, :3]]}, r"inputs\[1\] has shape \(2, 3, 8, 6\)"),
         (lambda c: {"inputs": [c.inputs[0], c.inputs[1][:, :, :4]]}, r"gives maps of \(4, 6\): expected \(8, 6\)"),
         (lambda c: {"edges": c.edges[::-1]}, "sorted by source"),
         (lambda c: {"edges": [c.edges[0]._replace(stride=2), *c.edges[1:]]}, "stride"),
         (lambda c: {"edges": [c.edges[0]._replace(node=0), *c.edges[1:]]}, "leads from state 0 to 0"),
         (lambda c: {"edges": [e for e in c.edges if e.node != 2]}, "state 2 has no edge in"),
+        (lambda c: {"edges": [c.edges[0]._replace(row=1), *c.edges[1:]]}, "different rows"),
+        (lambda c: {"edges": [c.edges[0]._replace(row=-1), *c.edges[1:]]}, "different rows"),
+        (lambda c: {"inputs": c.inputs[0]}, "inputs must be a sequence"),
         (lambda c: {"concat": 4}, "concat=4: expected 1 to 3"),
         (lambda c: {"weights": c.weights[:3]}, r"weights has shape \(3, 8\): expected at least 9 rows of 8"),
         (lambda c: {"params": c.params[1:]}, "params has shapes"),
@@ -315,3 +318,11 @@ def test_errors_name_the_argument(change, message):
     arguments = {n: getattr(case, n) for n in ("inputs", "weights", "edges", "params", "maps", "concat", "eps")}
     with pytest.raises(ValueError, match=message):
         mixed_cell(**{**arguments, **change(case)})
+
+
+@pytest.mark.parametrize(("name", "value"), [("weights", [[1.0]]), ("params", [1]), ("maps", ["x"])])
+def test_other_types_name_the_argument(name, value):
+    case = Case("darts")
+    arguments = {n: getattr(case, n) for n in ("inputs", "weights", "edges", "params", "maps", "concat", "eps")}
+    with pytest.raises(TypeError, match=name):
+        mixed_cell(**{**arguments, name: value})
