@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastnas"
 LAYERS = [
     {"__main__"},
     {"cli", "compat"},
-    {"search"},
+    {"search", "saliency"},
     {"report"},
     {"spaces"},
     {""},
