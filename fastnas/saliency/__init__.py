@@ -22,12 +22,16 @@ from fastnas.saliency._registry import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from fastnas.saliency.freedarts import FreeDarts, TrainingFreeResult  # noqa: E402
+
 __all__ = [
     "SALIENCIES",
     "SCORES",
     "Batch",
+    "FreeDarts",
     "Saliency",
     "Score",
+    "TrainingFreeResult",
     "get_saliency",
     "get_score",
     "saliency",

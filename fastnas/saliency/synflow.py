@@ -1,0 +1,92 @@
+"""SynFlow on the architecture parameters (FreeDARTS, arXiv:2106.11542) and on the weights (arXiv:2006.05467)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.saliency._registry import Batch, saliency, score
+from fastnas.saliency.linearised import Rescale, in_range, linearised, rescalable
+
+
+class Flow(NamedTuple):
+    """R_SF = 1ᵀ Π |W(θ, α)| 1 and what each candidate carries of it."""
+
+    shares: dict[str, Tensor]  # (E, O) for each cell type: |α ∂R/∂α| / R, float64
+    log: Tensor  # ln R, 0-d, float64
+
+
+def flow(supernet: nn.Module, alphas: Mapping[str, Tensor], image: Tensor) -> Flow:
+    """Returns R for an input of ones and the share of every candidate, for a supernet that :func:`linearised` holds.
+
+    α multiplies the candidates' outputs as it is, in absolute value. The shares of the candidates on all edges into
+    a one-cell network's output add up to 1, since R is linear in them (Euler). A network whose ``forward`` has
+    an argument ``between`` is rescaled between its cells, so that R may leave the range of its floats.
+
+    Args:
+        supernet: ``supernet(x, weights)`` gives logits.
+        alphas: (E, O) for each cell type.
+        image: (1, C, H, W), of which shape, dtype and device count.
+
+    Raises:
+        ValueError: where nothing flows from the input to the output, or R is not finite.
+    """
+    weights = {t: a.detach().to(image.dtype).abs().requires_grad_() for t, a in alphas.items()}
+    rescale = Rescale()
+    between = {"between": rescale} if rescalable(supernet) else {}
+    with torch.enable_grad():
+        r = supernet(torch.ones_like(image), weights, **between).sum()
+        gradients = torch.autograd.grad(r, list(weights.values()), allow_unused=True)
+    r = r.detach().double()
+    if not torch.isfinite(r) or r <= 0:
+        raise ValueError(
+            f"alphas: R is {float(r)}: "
+            + ("no path of non-zero alphas and weights leads to the output" if r == 0 else "the weights are not finite")
+        )
+    shares = {
+        t: torch.zeros_like(w, dtype=torch.float64) if g is None else w.detach().double() * g.double() / r
+        for (t, w), g in zip(weights.items(), gradients, strict=True)
+    }
+    return Flow(shares, r.log() + rescale.log)
+
+
+@saliency("synflow")
+def synflow(supernet: nn.Module, alphas: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Returns |∂R_SF/∂α ⊙ α| / R_SF of every candidate, float64 (FreeDARTS, arXiv:2106.11542).
+
+    R_SF = 1ᵀ Π |W(θ, α)| 1 needs neither data nor labels: of the batch, the images' shape counts alone. Batch norm is
+    bypassed, biases are left out. Gradients are summed over all cells that share an α.
+
+    Raises:
+        ValueError: as :func:`flow`.
+    """
+    network = in_range(supernet)
+    image = batch.images[:1].to(next(network.parameters()).dtype)
+    with linearised(network):
+        return flow(network, alphas, image).shares
+
+
+@score("synflow")
+def network_synflow(network: nn.Module, batch: Batch) -> Tensor:
+    """Returns ln Σ_θ |θ ∂R/∂θ| with R = 1ᵀ Π |θ| 1, 0-d, float64 (arXiv:2006.05467, Eq. 2; NAS: arXiv:2101.08134).
+
+    Batch norm is bypassed and biases are left out; the sum itself leaves the range of float32, so its logarithm is
+    given. -inf where nothing flows to the output.
+    """
+    network = in_range(network)
+    parameters = list(network.parameters())
+    image = batch.images[:1].to(parameters[0].dtype)
+    rescale = Rescale()
+    between = {"between": rescale} if rescalable(network) else {}
+    with linearised(network), torch.enable_grad():
+        r = network(torch.ones_like(image), **between).sum()
+        gradients = torch.autograd.grad(r, parameters, allow_unused=True)
+        total = sum(
+            (p.detach() * g).sum(dtype=torch.float64)
+            for p, g in zip(parameters, gradients, strict=True)
+            if g is not None
+        )
+    return torch.as_tensor(total).log() + rescale.log
