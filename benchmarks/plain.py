@@ -1,12 +1,14 @@
 """What fastnas is compared with: plain PyTorch, as the definitions read.
 
-DARTS (arXiv:1806.09055), PC-DARTS (arXiv:1907.05737) and NAS-Bench-201's supernet (arXiv:2001.00326).
+DARTS (arXiv:1806.09055), PC-DARTS (arXiv:1907.05737) and NAS-Bench-201's supernet (arXiv:2001.00326); SynFlow on α
+(FreeDARTS, arXiv:2106.11542).
 
 Nothing here uses fastnas. Submodules carry the names of DARTS' code, so one state dict fits both sides.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -227,3 +229,21 @@ class NASBench201Supernet(nn.Module):
         for cell in self.cells:
             x = cell(x, weights) if isinstance(cell, NASBench201Cell) else cell(x)
         return self.classifier(self.lastact(x).mean((2, 3)))
+
+
+def synflow(net: nn.Module, weights: Mapping[str, Tensor] | Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Returns R = 1ᵀ Π |W(θ, α)| 1 and each table's |α ∂R/∂α|, in float64: no batch norm, no bias, an image of ones."""
+    net = copy.deepcopy(net).double()
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.abs_()
+        net.classifier.bias.zero_()
+    tables = weights if isinstance(weights, Mapping) else {"": weights}
+    leaves = {name: w.detach().double().abs().requires_grad_() for name, w in tables.items()}
+    r = net(torch.ones_like(x, dtype=torch.float64), leaves if isinstance(weights, Mapping) else leaves[""]).sum()
+    gradients = torch.autograd.grad(r, list(leaves.values()))
+    return r.detach(), [w.detach() * g for w, g in zip(leaves.values(), gradients, strict=True)]
