@@ -24,7 +24,7 @@ def cross_entropy(network: nn.Module, batch: Batch, *weights: Any) -> Tensor:
         )
     loss = F.cross_entropy(logits, batch.labels)
     if not torch.isfinite(loss):
-        raise ValueError(f"batch: the loss is {float(loss)}: check images for NaN and their scale")
+        raise ValueError(f"batch: the loss is {loss.item()}: check images for NaN and their scale")
     return loss
 
 

@@ -75,7 +75,7 @@ class Rescale:
 
     def __call__(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Returns the states divided by one power of two; the last one is the newest."""
-        exponent = torch.frexp(states[-1].detach().amax())[1].clamp(-120, 120)
+        exponent = torch.frexp(states[-1].detach().amax())[1].clamp(-126, 126)
         self.log = self.log + exponent.double() * math.log(2)
         factor = torch.ldexp(torch.ones_like(exponent, dtype=states[-1].dtype), -exponent)
         return tuple(s * factor for s in states)
