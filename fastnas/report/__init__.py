@@ -2,6 +2,16 @@
 
 from .alphas import alphas_figure, plot_alphas
 from .cell import cell_figure, draw_cell, draw_genotype
+from .scores import plot_scores, scores_figure
 from .style import op_color
 
-__all__ = ["alphas_figure", "cell_figure", "draw_cell", "draw_genotype", "op_color", "plot_alphas"]
+__all__ = [
+    "alphas_figure",
+    "cell_figure",
+    "draw_cell",
+    "draw_genotype",
+    "op_color",
+    "plot_alphas",
+    "plot_scores",
+    "scores_figure",
+]
