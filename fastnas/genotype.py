@@ -1,13 +1,19 @@
-"""Genotype: a discrete architecture of the DARTS family, and its two written forms."""
+"""Genotypes: discrete architectures, and their written forms.
+
+One class for each family of spaces: :class:`Genotype` (DARTS) and :class:`NASBench201Genotype`.
+:func:`load_genotype` and :func:`parse_genotype` tell by the notation which one they have.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 _MAX_NODES = 1000  # a written range() is expanded, so its length is bounded before that
 
@@ -79,13 +85,7 @@ class Genotype(NamedTuple):
         Raises:
             ValueError: where ``text`` is no JSON object of exactly the four fields, or as :meth:`validate`.
         """
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"genotype: not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"genotype: expected a JSON object with {', '.join(cls._fields)}, got {_short(fields)}")
-        return _from_fields(fields)
+        return cls(**_fields(text, cls._fields)).validate()
 
     def to_text(self) -> str:
         """Returns DARTS' own notation, ``Genotype(normal=[('sep_conv_3x3', 1), ...], normal_concat=range(2, 6), ...)``.
@@ -120,7 +120,8 @@ class Genotype(NamedTuple):
             if name in fields:
                 raise ValueError(f"genotype: {name} is given twice")
             fields[name] = _literal(name, keyword.value)
-        return _from_fields(fields)
+        _check_names(fields, cls._fields)
+        return cls(**fields).validate()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the genotype: DARTS' notation where ``path`` ends in ``.txt``, else JSON. The file appears whole.
@@ -128,14 +129,7 @@ class Genotype(NamedTuple):
         Raises:
             ValueError: as :meth:`validate`; nothing is written then.
         """
-        path = Path(path)
-        text = self.to_text() + "\n" if path.suffix == ".txt" else self.to_json()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _save(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Genotype:
@@ -145,12 +139,196 @@ class Genotype(NamedTuple):
             OSError: where the file cannot be read.
             ValueError: where it holds no genotype; the message names the file.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            return cls.from_json(text) if text.lstrip().startswith("{") else cls.from_text(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return _load(Path(path), cls.from_json, cls.from_text)
+
+
+@dataclass(frozen=True)
+class NASBench201Genotype:
+    """A cell of NAS-Bench-201 (arXiv:2001.00326): one operation for every edge between densely connected nodes.
+
+    Node 0 is the cell's input and the last node its output. A genotype is checked when it is made, so it always
+    describes an architecture.
+
+    Attributes:
+        ops: The operations of the edges (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2), ...: from node j to node i.
+
+    Raises:
+        ValueError: where the number of operations is not that of a cell (1, 3, 6, 10, ...), or one is no name.
+    """
+
+    ops: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        ops = self.ops
+        if isinstance(ops, str) or not isinstance(ops, Sequence) or not ops:
+            raise ValueError(f"genotype: ops must be a list of operations, one an edge, got {_short(ops)}")
+        for edge, op in enumerate(ops):
+            if not isinstance(op, str) or not op.strip() or any(mark in op for mark in "|~+"):
+                raise ValueError(f"genotype: ops[{edge}] must be the name of an operation, got {_short(op)}")
+        object.__setattr__(self, "ops", tuple(str(op) for op in ops))
+        if self.nodes * (self.nodes - 1) // 2 != len(ops):
+            raise ValueError(
+                f"genotype: {len(ops)} operations are no cell: with every node fed by all before it, there are 1, 3, "
+                "6, 10, ... edges"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, the cell's input included."""
+        return (1 + math.isqrt(1 + 8 * len(self.ops))) // 2
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The edges ``(i, j)``, from node j to node i, in the order of ``ops``."""
+        return tuple((i, j) for i in range(1, self.nodes) for j in range(i))
+
+    def has_path(self) -> bool:
+        """Tells whether the output depends on the input: whether a way between them avoids every ``none``."""
+        reached = {0}
+        for (i, j), op in zip(self.edges, self.ops, strict=True):
+            if j in reached and op != "none":
+                reached.add(i)
+        return self.nodes - 1 in reached
+
+    def validate(self, primitives: Iterable[str] | None = None) -> NASBench201Genotype:
+        """Returns the genotype itself.
+
+        Args:
+            primitives: the operations that may occur; any, where None.
+
+        Raises:
+            ValueError: for another operation; the message names the edge.
+        """
+        _check_ops(self.ops, primitives)
+        return self
+
+    def to_json(self) -> str:
+        """Returns a JSON object with the one field ``ops``."""
+        return json.dumps({"ops": list(self.ops)}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> NASBench201Genotype:
+        """Returns the genotype that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: where ``text`` is no JSON object of exactly that field, or its value describes no cell.
+        """
+        return cls(**_fields(text, ("ops",)))
+
+    def to_text(self) -> str:
+        """Returns the notation of the benchmark, ``|op~0|+|op~0|op~1|+|op~0|op~1|op~2|``: a group a node."""
+        groups: list[str] = [""] * (self.nodes - 1)
+        for (i, j), op in zip(self.edges, self.ops, strict=True):
+            groups[i - 1] += f"|{op}~{j}"
+        return "+".join(f"{group}|" for group in groups)
+
+    @classmethod
+    def from_text(cls, text: str) -> NASBench201Genotype:
+        """Returns the genotype in the benchmark's notation; the order of a node's inputs does not matter.
+
+        Raises:
+            ValueError: where ``text`` is not in that notation, or a node lacks an input or has it twice.
+        """
+        ops: list[str] = []
+        for i, group in enumerate(text.strip().split("+"), start=1):
+            terms = [term.rpartition("~") for term in group.strip().strip("|").split("|")]
+            if not group.strip().startswith("|") or not all(op and j.isdecimal() for op, _, j in terms):
+                raise ValueError(f"genotype: expected |op~0|+|op~0|op~1|+..., got {_short(text)}")
+            inputs = {int(j): op for op, _, j in terms}
+            if sorted(inputs) != list(range(i)) or len(terms) != i:
+                raise ValueError(
+                    f"genotype: node {i} must have each input from 0 to {i - 1} once, got {_short(group.strip())}"
+                )
+            ops += [inputs[j] for j in range(i)]
+        return cls(tuple(ops))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the genotype: the benchmark's notation where ``path`` ends in ``.txt``, else JSON."""
+        _save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NASBench201Genotype:
+        """Returns the genotype in a file, in JSON or in the benchmark's notation.
+
+        Raises:
+            OSError: where the file cannot be read.
+            ValueError: where it holds no genotype; the message names the file.
+        """
+        return _load(Path(path), cls.from_json, cls.from_text)
+
+
+AnyGenotype = Genotype | NASBench201Genotype
+"""An architecture of any space."""
+
+
+def parse_genotype(text: str) -> AnyGenotype:
+    """Returns the genotype in ``text``, in any notation that one of the classes writes; nothing in it is executed.
+
+    Raises:
+        ValueError: where it is in none of them, or describes no architecture.
+    """
+    start = text.lstrip()
+    if start.startswith("{"):
+        return NASBench201Genotype.from_json(text) if '"ops"' in text else Genotype.from_json(text)
+    return NASBench201Genotype.from_text(text) if start.startswith("|") else Genotype.from_text(text)
+
+
+def load_genotype(path: str | os.PathLike[str]) -> AnyGenotype:
+    """Returns the genotype in a file, in any notation.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: where it holds no genotype; the message names the file.
+    """
+    return _load(Path(path), parse_genotype, parse_genotype)
+
+
+_G = TypeVar("_G")
+
+
+def _save(genotype: AnyGenotype, path: Path) -> None:
+    text = genotype.to_text() + "\n" if path.suffix == ".txt" else genotype.to_json()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, from_json: Callable[[str], _G], from_text: Callable[[str], _G]) -> _G:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return from_json(text) if text.lstrip().startswith("{") else from_text(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _fields(text: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the fields of a JSON object that has exactly these."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"genotype: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"genotype: expected a JSON object with {', '.join(names)}, got {_short(fields)}")
+    _check_names(fields, names)
+    return fields
+
+
+def _check_names(fields: dict[str, Any], names: tuple[str, ...]) -> None:
+    missing = [name for name in names if name not in fields]
+    unknown = [name for name in fields if name not in names]
+    if missing or unknown:
+        problems = [f"{name} is missing" for name in missing] + [f"{name!r} is unknown" for name in unknown]
+        raise ValueError(f"genotype: {', '.join(problems)}: expected the fields {', '.join(names)}")
+
+
+def _check_ops(ops: Sequence[str], primitives: Iterable[str] | None) -> None:
+    allowed = None if primitives is None else tuple(primitives)
+    for n, op in enumerate(ops):
+        if allowed is not None and op not in allowed:
+            raise ValueError(f"genotype: ops[{n}] is the unknown op {op!r}: expected one of {', '.join(allowed)}")
 
 
 def _short(value: object) -> str:
@@ -201,15 +379,6 @@ def _concat(name: str, concat: object, nodes: int) -> list[int] | range:
         raise ValueError(f"genotype: {name} must hold different states from 2 to {nodes + 1}, got {_short(states)}")
     contiguous = range(states[0], states[0] + len(states))
     return contiguous if states == list(contiguous) else states
-
-
-def _from_fields(fields: dict[str, Any]) -> Genotype:
-    missing = [name for name in Genotype._fields if name not in fields]
-    unknown = [name for name in fields if name not in Genotype._fields]
-    if missing or unknown:
-        problems = [f"{name} is missing" for name in missing] + [f"{name!r} is unknown" for name in unknown]
-        raise ValueError(f"genotype: {', '.join(problems)}: expected the fields {', '.join(Genotype._fields)}")
-    return Genotype(**fields).validate()
 
 
 def _literal(name: str, node: ast.expr) -> Any:

@@ -19,7 +19,7 @@ LAYERS = [
     {"cli", "compat"},
     {"search", "saliency"},
     {"report"},
-    {"spaces"},
+    {"spaces", "tabular"},
     {""},
     {"nn"},
     {"ops"},
@@ -87,6 +87,9 @@ def test_imports_point_down(path: Path) -> None:
         ("data", "ops", True),
         ("genotype", "spaces", True),
         ("genotype", "data", True),
+        ("search", "tabular", False),
+        ("tabular", "genotype", False),
+        ("tabular", "spaces", True),
         ("nn", "nn", False),
         ("nn", "", True),
         ("search", "", False),
@@ -117,7 +120,7 @@ def test_importing_fastnas_is_light() -> None:
     heavy = ["jsonargparse", "rich", "matplotlib", "tensorboard", "sklearn", "PIL", "fastnas.cli", "fastnas.report"]
     code = (
         "import sys, torch; before = set(sys.modules)\n"
-        "import fastnas, fastnas.nn, fastnas.spaces, fastnas.compat.darts, fastnas.compat.pc_darts\n"
+        "import fastnas, fastnas.nn, fastnas.spaces, fastnas.tabular, fastnas.compat.darts, fastnas.compat.pc_darts\n"
         f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)

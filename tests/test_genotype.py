@@ -6,7 +6,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from fastnas.genotype import Genotype
+from fastnas.genotype import Genotype, NASBench201Genotype, load_genotype, parse_genotype
 
 EDGES = [
     ("sep_conv_3x3", 1),
@@ -224,3 +224,110 @@ def test_text_errors(text, message):
 def test_json_errors(text, message):
     with pytest.raises(ValueError, match=message):
         Genotype.from_json(text)
+
+
+CELL_TEXT = "|nor_conv_3x3~0|+|nor_conv_1x1~0|none~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
+CELL = NASBench201Genotype(
+    ("nor_conv_3x3", "nor_conv_1x1", "none", "skip_connect", "avg_pool_3x3", "nor_conv_3x3")
+)  # an op an edge: (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
+
+
+def test_nasbench201_notations():
+    assert CELL.to_text() == CELL_TEXT
+    assert NASBench201Genotype.from_text(f" {CELL_TEXT}\n") == CELL
+    # a node's inputs may come in any order
+    swapped = CELL_TEXT.replace("nor_conv_1x1~0|none~1", "none~1|nor_conv_1x1~0")
+    assert NASBench201Genotype.from_text(swapped) == CELL
+    assert json.loads(CELL.to_json()) == {"ops": list(CELL.ops)}
+    assert NASBench201Genotype.from_json(CELL.to_json()) == CELL
+    assert NASBench201Genotype(list(CELL.ops)) == CELL
+    assert len({CELL, NASBench201Genotype(CELL.ops), pickle.loads(pickle.dumps(CELL))}) == 1
+    assert CELL.edges == ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
+    assert NASBench201Genotype(["none"]).to_text() == "|none~0|"
+    assert len(NASBench201Genotype(("none",) * 10).edges) == 10
+
+
+@pytest.mark.parametrize(
+    ("open_edges", "expected"),
+    [
+        ([(3, 0)], True),
+        ([(1, 0), (3, 1)], True),
+        ([(1, 0), (2, 1), (3, 2)], True),
+        ([(2, 0), (3, 2)], True),
+        ([], False),
+        ([(1, 0), (3, 2)], False),
+        ([(2, 1), (3, 1), (3, 2)], False),
+        ([(1, 0), (2, 0), (2, 1)], False),
+    ],
+)
+def test_has_path(open_edges, expected):
+    genotype = NASBench201Genotype(tuple("avg_pool_3x3" if edge in open_edges else "none" for edge in CELL.edges))
+    assert genotype.has_path() is expected
+
+
+def test_nasbench201_validation_of_primitives():
+    assert CELL.validate() is CELL
+    assert CELL.validate(set(CELL.ops)) is CELL
+    with pytest.raises(ValueError, match=r"ops\[2\] is the unknown op 'none': expected one of nor_conv_3x3"):
+        CELL.validate([op for op in CELL.ops if op != "none"])
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ((), "ops must be a list of operations"),
+        ("none", "ops must be a list of operations"),
+        (None, "ops must be a list of operations"),
+        (("none",) * 4, "4 operations are no cell"),
+        (("none", 1, "none"), r"ops\[1\] must be the name of an operation, got 1"),
+        (("none", "a|b", "none"), r"ops\[1\] must be the name"),
+        (("none", "", "none"), r"ops\[1\] must be the name"),
+    ],
+)
+def test_nasbench201_errors(ops, message):
+    with pytest.raises(ValueError, match=message):
+        NASBench201Genotype(ops)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected \|op~0\|"),
+        ("none~0", r"expected \|op~0\|"),
+        ("|none|", r"expected \|op~0\|"),
+        ("||", r"expected \|op~0\|"),
+        ("|none~a|", r"expected \|op~0\|"),
+        ("|none~1|", "node 1 must have each input from 0 to 0 once"),
+        ("|none~0|+|none~0|", "node 2 must have each input from 0 to 1 once"),
+        ("|none~0|+|none~0|none~0|none~1|", "node 2 must have each input from 0 to 1 once"),
+        ("|none~0|+|none~0|none~2|", "node 2 must have each input"),
+    ],
+)
+def test_nasbench201_text_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        NASBench201Genotype.from_text(text)
+
+
+def test_nasbench201_json_errors():
+    with pytest.raises(ValueError, match="ops is missing, 'op' is unknown"):
+        NASBench201Genotype.from_json('{"op": []}')
+    with pytest.raises(ValueError, match="expected a JSON object with ops"):
+        NASBench201Genotype.from_json('["none"]')
+
+
+@pytest.mark.parametrize("genotype", [GENOTYPE, CELL], ids=["darts", "nasbench201"])
+@pytest.mark.parametrize("name", ["genotype.json", "genotype.txt"])
+def test_every_notation_is_recognised(tmp_path, genotype, name):
+    assert parse_genotype(genotype.to_text()) == parse_genotype(genotype.to_json()) == genotype
+    path = tmp_path / name
+    genotype.save(path)
+    loaded = load_genotype(path)
+    assert type(loaded) is type(genotype)
+    assert loaded == genotype == type(genotype).load(path)
+    assert os.listdir(tmp_path) == [name]
+    path.write_text("nothing")
+    with pytest.raises(ValueError, match=f"{name}: genotype: expected"):
+        load_genotype(path)
+    path.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=f"{name}: genotype: "):
+        load_genotype(path)

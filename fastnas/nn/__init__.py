@@ -1,8 +1,8 @@
-"""Modules: candidate operations and their registry, MixedOp, cells and supernets."""
+"""Modules: candidate operations and their registry, MixedOp, cells, supernets and final networks."""
 
 from fastnas.nn.cells import Cell
 from fastnas.nn.mixed_op import MixedOp
-from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Supernet
+from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Network, NASBench201Supernet
 from fastnas.nn.operations import OPS, PRIMITIVES, primitive
 from fastnas.nn.supernet import Supernet
 
@@ -13,6 +13,7 @@ __all__ = [
     "Cell",
     "MixedOp",
     "NASBench201Cell",
+    "NASBench201Network",
     "NASBench201Supernet",
     "Supernet",
     "primitive",

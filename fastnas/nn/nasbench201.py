@@ -1,13 +1,15 @@
-"""The search cell and the supernet of NAS-Bench-201 (arXiv:2001.00326, section 2.1)."""
+"""The cells, the supernet and the final network of NAS-Bench-201 (arXiv:2001.00326, section 2.1)."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from fastnas.genotype import NASBench201Genotype
 from fastnas.nn.fused_cell import FusedCell
 from fastnas.nn.mixed_op import MixedOp, as_table
 from fastnas.nn.operations import OPS, ReLUConvBN
@@ -79,7 +81,116 @@ class ResidualReduction(nn.Module):
         return y
 
 
-class NASBench201Supernet(nn.Module):
+class NASBench201InferCell(nn.Module):
+    """A cell of one operation an edge; ``none`` is not computed, and ``skip_connect`` costs nothing.
+
+    Operations are named ``layers.<edge>`` as in the published code, so its checkpoints load with ``strict=True``.
+
+    Args:
+        genotype: the operations.
+        C: channels of every node.
+
+    Raises:
+        ValueError: where an operation is not known.
+    """
+
+    def __init__(self, genotype: NASBench201Genotype, C: int) -> None:
+        super().__init__()
+        genotype.validate(OPS)
+        self.genotype = genotype
+        self.layers = nn.ModuleList(OPS[op](C, 1, True) for op in genotype.ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the last node, shaped as ``x``."""
+        states: list[Tensor | None] = [x, *[None] * (self.genotype.nodes - 1)]
+        for (i, j), op, layer in zip(self.genotype.edges, self.genotype.ops, self.layers, strict=True):
+            if op == "none":
+                continue
+            # a node without inputs is zero, and what leaves it is computed: after training, a norm's bias is not zero
+            source = states[j]
+            y = layer(torch.zeros_like(x) if source is None else source)
+            node = states[i]
+            states[i] = y if node is None else node + y
+        output = states[-1]
+        return torch.zeros_like(x) if output is None else output
+
+
+class _Skeleton(nn.Module):
+    """Stem, three stages of cells, batch norm, ReLU, global average pooling and a linear classifier."""
+
+    def __init__(
+        self, channels: int, cells: int, num_classes: int, in_channels: int, cell: Callable[[int], nn.Module]
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "cells": cells, "num_classes": num_classes, "in_channels": in_channels}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            C = channels * 2**stage
+            if stage:
+                self.cells.append(ResidualReduction(C // 2, C))
+            self.cells.extend(cell(C) for _ in range(cells))
+        self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C, num_classes)
+
+    def _logits(self, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        """Returns the logits; ``run`` is given each of ``cells`` and what it reads."""
+        if x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(
+                f"x has height {x.shape[2]} and width {x.shape[3]}, both must be multiples of 4: pad or resize images"
+            )
+        x = self.stem(x)
+        for cell in self.cells:
+            x = run(cell, x)
+        logits: Tensor = self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
+        return logits
+
+
+class NASBench201Network(_Skeleton):
+    """The network that a genotype stands for, with affine batch norms: the one that the benchmark trained.
+
+    Its sizes, its modules' names and their number are those of the published network, so its parameters are as many as
+    the benchmark says.
+
+    Args:
+        genotype: the cell.
+        channels: channels of the stem and of the first stage.
+        cells: cells of a stage (N in the paper).
+        num_classes: number of logits.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: where a size is below 1, or an operation is not known.
+    """
+
+    def __init__(
+        self,
+        genotype: NASBench201Genotype,
+        channels: int = 16,
+        cells: int = 5,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__(channels, cells, num_classes, in_channels, lambda C: NASBench201InferCell(genotype, C))
+        self.genotype = genotype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits, (N, num_classes).
+
+        Args:
+            x: (N, in_channels, H, W) images; H and W are multiples of 4.
+
+        Raises:
+            ValueError: where the images cannot be halved twice.
+        """
+        return self._logits(x, lambda cell, state: cell(state))
+
+
+class NASBench201Supernet(_Skeleton):
     """Stem, three stages of search cells, batch norm, ReLU, global average pooling and a linear classifier.
 
     The stages have ``channels``, twice and four times as many channels; between them a residual block halves height and
@@ -107,41 +218,39 @@ class NASBench201Supernet(nn.Module):
         nodes: int = 4,
         primitives: Sequence[str] = NASBENCH201_PRIMITIVES,
     ) -> None:
-        super().__init__()
-        sizes = {"channels": channels, "cells": cells, "num_classes": num_classes, "in_channels": in_channels}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
-        self.cells = nn.ModuleList()
-        for stage in range(3):
-            C = channels * 2**stage
-            if stage:
-                self.cells.append(ResidualReduction(C // 2, C))
-            self.cells.extend(NASBench201Cell(C, nodes, primitives=primitives) for _ in range(cells))
-        self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
-        self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(C, num_classes)
+        super().__init__(
+            *(channels, cells, num_classes, in_channels), lambda C: NASBench201Cell(C, nodes, primitives=primitives)
+        )
         self._edges = nodes * (nodes - 1) // 2
 
-    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor | Mapping[str, Tensor],
+        *,
+        between: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:
         """Returns the logits, (N, num_classes).
 
         Args:
             x: (N, in_channels, H, W) images; H and W are multiples of 4.
-            weights: what a relaxation makes of the alphas, (E, O).
+            weights: what a relaxation makes of the alphas, (E, O), or a mapping with that table as ``"cell"``.
+            between: called after every cell and every residual block with ``(x,)``, what the next one reads; returns
+                what it reads instead.
 
         Raises:
             ValueError: where the weights do not have one row an edge, or the images cannot be halved twice.
         """
+        if isinstance(weights, Mapping):
+            if "cell" not in weights:
+                raise ValueError(f"weights has no 'cell', only {', '.join(map(repr, weights)) or 'nothing'}")
+            weights = weights["cell"]
         if len(weights) != self._edges:
             raise ValueError(f"weights must have one row for each of {self._edges} edges, got {len(weights)} rows")
-        if x.shape[2] % 4 or x.shape[3] % 4:
-            raise ValueError(
-                f"x has height {x.shape[2]} and width {x.shape[3]}, both must be multiples of 4: pad or resize images"
-            )
-        x = self.stem(x)
-        for cell in self.cells:
-            x = cell(x, weights) if isinstance(cell, NASBench201Cell) else cell(x)
-        logits: Tensor = self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
-        return logits
+        table = weights
+
+        def run(cell: nn.Module, state: Tensor) -> Tensor:
+            y: Tensor = cell(state, table) if isinstance(cell, NASBench201Cell) else cell(state)
+            return y if between is None else between((y,))[0]
+
+        return self._logits(x, run)

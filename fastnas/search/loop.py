@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
-from fastnas.genotype import Genotype
+from fastnas.genotype import AnyGenotype
 from fastnas.relaxations import get_relaxation
 from fastnas.search.architect import Batch, Bilevel
 from fastnas.search.checkpoint import CheckpointError
@@ -83,7 +83,7 @@ class SearchResult:
 
     config: SearchConfig
     finished: bool
-    genotype: Genotype
+    genotype: AnyGenotype
     alphas: dict[str, Tensor]
     weights: list[dict[str, Tensor]]
     history: list[EpochRecord]

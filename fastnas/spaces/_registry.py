@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastnas.genotype import Genotype
+from fastnas.genotype import AnyGenotype
 
 
 class Space(Protocol):
@@ -39,10 +39,27 @@ class Space(Protocol):
     def supernet(
         self, channels: int = 16, layers: int = 8, num_classes: int = 10, in_channels: int = 3, k: int = 1
     ) -> nn.Module:
-        """Returns a network whose ``forward(x, weights)`` gives logits."""
+        """Returns a network whose ``forward(x, weights)`` gives logits.
 
-    def derive(self, scores: Mapping[str, Tensor]) -> Genotype:
+        ``forward(x, weights, between=f)`` replaces, after every cell, the states that the next cell reads by
+        ``f(states)``, as many tensors.
+        """
+
+    def derive(self, scores: Mapping[str, Tensor]) -> AnyGenotype:
         """Returns the architecture that scores (E, O) for each cell type select."""
+
+    def network(
+        self,
+        genotype: AnyGenotype,
+        channels: int = 16,
+        layers: int = 8,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> nn.Module:
+        """Returns the network that a genotype stands for, whose ``forward(x)`` gives logits, ready to be trained."""
+
+    def sample(self, generator: torch.Generator | None = None) -> AnyGenotype:
+        """Returns a random architecture; all are equally likely."""
 
 
 SPACES: dict[str, Space] = {}

@@ -12,6 +12,7 @@ from fastnas.genotype import Genotype
 from fastnas.nn.operations import OPS, PRIMITIVES
 from fastnas.nn.supernet import Supernet
 from fastnas.spaces._registry import register
+from fastnas.spaces._tables import checked, draw
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,7 @@ class DartsSpace:
         same alphas on every device.
         """
         shape = (len(self.edges), len(self.primitives))
-        drawn_on = "cpu" if generator is None else generator.device
-        return {
-            cell_type: (scale * torch.randn(shape, generator=generator, device=drawn_on))
-            .to(drawn_on if device is None else device)
-            .requires_grad_()
-            for cell_type in self.cell_types
-        }
+        return draw(dict.fromkeys(self.cell_types, shape), generator, scale, device)
 
     def supernet(
         self, channels: int = 16, layers: int = 8, num_classes: int = 10, in_channels: int = 3, k: int = 1
@@ -105,19 +100,9 @@ class DartsSpace:
         )
 
     def _derive_cell(self, cell_type: str, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-        shape = (len(self.edges), len(self.primitives))
-        if cell_type not in scores or tuple(scores[cell_type].shape) != shape:
-            got = tuple(scores[cell_type].shape) if cell_type in scores else "nothing"
-            raise ValueError(f"scores[{cell_type!r}] must have shape {shape}, edge x primitive, got {got}")
-        rows = scores[cell_type].detach().to("cpu", torch.float64)
-        if rows.isnan().any():
-            edge = self.edges[int(rows.isnan().any(dim=1).nonzero()[0])]
-            raise ValueError(
-                f"scores[{cell_type!r}] has NaN on edge {edge}: the search diverged, nothing can be derived"
-            )
+        table = checked(scores, cell_type, (len(self.edges), len(self.primitives)), self.edges)
         # max() and sorted() keep the first of equals, so ties go to the lower index
         candidates = [o for o, p in enumerate(self.primitives) if p != "none"]
-        table = rows.tolist()
         best = [max(candidates, key=row.__getitem__) for row in table]
         kept: list[tuple[str, int]] = []
         for node in range(2, self.steps + 2):

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import fastnas
-from fastnas.nn import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Supernet
+from fastnas.genotype import NASBench201Genotype
+from fastnas.nn import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Network, NASBench201Supernet
 from fastnas.nn.nasbench201 import ResidualReduction
 
 EDGES = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]  # node, input
@@ -188,3 +189,97 @@ def test_bad_inputs():
         net(torch.randn(2, 1, 8, 8), torch.rand(5, 5))
     with pytest.raises(ValueError, match="height 8 and width 10, both must be multiples of 4"):
         net(torch.randn(2, 1, 8, 10), torch.rand(6, 5))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_final_network_equals_the_definition(training):
+    """The network of a genotype is the supernet's definition with one candidate an edge, and affine batch norms."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        choice = torch.randint(5, (6,), generator=generator)
+        genotype = NASBench201Genotype(tuple(NASBENCH201_PRIMITIVES[o] for o in choice))
+        net = NASBench201Network(genotype, 4, 2, 7).double().train(training)
+        for p in net.parameters():  # so that affine parameters count
+            torch.nn.init.normal_(p, std=0.5, generator=generator)
+        x = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+        reference = FinalReference({name: t.clone() for name, t in net.state_dict().items()}, training)
+        expected = reference.final(x, genotype.ops, 2)
+        torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
+        for name, t in net.named_buffers():
+            torch.testing.assert_close(t, reference.state[name], rtol=1e-9, atol=1e-9)
+
+
+class FinalReference(Reference):
+    def cell(self, name, x, ops):
+        nodes = [x, *[torch.zeros_like(x)] * 3]
+        for e, (i, j) in enumerate(EDGES):
+            if ops[e] == "skip_connect":
+                nodes[i] = nodes[i] + nodes[j]
+            elif ops[e] == "avg_pool_3x3":
+                nodes[i] = nodes[i] + F.avg_pool2d(nodes[j], 3, 1, 1, count_include_pad=False)
+            elif ops[e] != "none":
+                nodes[i] = nodes[i] + self.relu_conv_norm(f"{name}layers.{e}", nodes[j])
+        return nodes[3]
+
+    def final(self, x, ops, cells):
+        return self.network(x, ops, cells)
+
+
+def test_cells_without_a_way_through():
+    genotype = NASBench201Genotype(("none",) * 6)
+    net = NASBench201Network(genotype, 4, 1, 3).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(net(x)[0], net(x)[1])
+    # what follows a node without inputs is computed on zeros: a trained norm's bias counts
+    genotype = NASBench201Genotype(("none", "none", "nor_conv_1x1", "none", "none", "skip_connect"))
+    cell = NASBench201Network(genotype, 4, 1, 3).cells[0].eval()
+    assert not cell(torch.randn(2, 4, 8, 8)).any()
+    with torch.no_grad():
+        cell.layers[2].op[2].bias.fill_(2.0)
+    assert (cell(torch.randn(2, 4, 8, 8)) == 2.0).all()
+
+
+def test_none_is_not_called_and_every_other_edge_is():
+    genotype = NASBench201Genotype(("nor_conv_3x3", "none", "skip_connect", "avg_pool_3x3", "none", "none"))
+    net = NASBench201Network(genotype, 4, 1, 3)
+    called = []
+    for e, layer in enumerate(net.cells[0].layers):
+        layer.register_forward_hook(lambda *_, e=e: called.append(e))
+    net(torch.randn(2, 3, 8, 8))
+    assert called == [0, 2, 3]
+
+
+def test_bad_final_networks():
+    with pytest.raises(ValueError, match=r"ops\[0\] is the unknown op 'conv_9x9'"):
+        NASBench201Network(NASBench201Genotype(("conv_9x9",)))
+    genotype = NASBench201Genotype(("skip_connect",))
+    with pytest.raises(ValueError, match="cells=0 must be at least 1"):
+        NASBench201Network(genotype, 4, 0)
+    with pytest.raises(ValueError, match="height 8 and width 10, both must be multiples of 4"):
+        NASBench201Network(genotype, 4, 1)(torch.randn(2, 3, 8, 10))
+
+
+def test_between_replaces_what_the_next_cell_reads():
+    torch.manual_seed(0)
+    net = NASBench201Supernet(4, 1, 5, 1).double().eval()
+    x, weights = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
+    seen = []
+
+    def between(states):
+        seen.append(states)
+        return tuple(state * 2 for state in states)
+
+    outputs = net(x, weights, between=between)
+    assert [[tuple(state.shape[1:]) for state in states] for states in seen] == [
+        [(4, 8, 8)],
+        [(8, 4, 4)],
+        [(8, 4, 4)],
+        [(16, 2, 2)],
+        [(16, 2, 2)],
+    ]
+    state = net.stem(x)
+    for cell in net.cells:
+        state = 2 * (cell(state, weights) if isinstance(cell, NASBench201Cell) else cell(state))
+    torch.testing.assert_close(outputs, net.classifier(net.lastact(state).mean((2, 3))))
+    assert torch.equal(net(x, weights, between=lambda states: states), net(x, weights))
