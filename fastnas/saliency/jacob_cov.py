@@ -26,12 +26,15 @@ def jacob_cov(network: nn.Module, batch: Batch) -> Tensor:
     n = check_images(batch, 2)
     with preserved(network, training=True), torch.enable_grad():
         images = batch.images.detach().clone().requires_grad_()
-        (jacobian,) = torch.autograd.grad(logits_of(network, images).sum(), images)
+        total = logits_of(network, images).sum()
+        jacobian = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    if jacobian is None:
+        return images.new_full((), -torch.inf, dtype=torch.float64)
     rows = jacobian.reshape(n, -1).double()
     rows = rows - rows.mean(1, keepdim=True)
     lengths = rows.norm(dim=1)
     if (lengths == 0).any():
-        return torch.full((), -torch.inf, dtype=torch.float64, device=rows.device)
+        return rows.new_full((), -torch.inf)
     rows = rows / lengths[:, None]
     eigenvalues = torch.linalg.eigvalsh(rows @ rows.T).clamp_min(0) + _K
     loss: Tensor = (eigenvalues.log() + 1 / eigenvalues).sum()
