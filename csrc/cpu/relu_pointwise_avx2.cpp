@@ -4,6 +4,7 @@
 #include "cpu/begin_avx2.h"
 namespace fastnas::cpu::avx2 {
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 #include "cpu/relu_pointwise.inl"
 }  // namespace fastnas::cpu::avx2

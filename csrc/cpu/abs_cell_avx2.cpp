@@ -1,0 +1,11 @@
+#include "cpu/isa.h"
+#include "cpu/abs_cell_run.h"
+
+#include "cpu/begin_avx2.h"
+namespace fastnas::cpu::avx2 {
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
+
+#include "cpu/abs_cell.inl"
+}  // namespace fastnas::cpu::avx2
+#include "cpu/end_target.h"

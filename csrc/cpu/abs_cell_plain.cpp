@@ -1,0 +1,10 @@
+#include "cpu/isa.h"
+#include "cpu/abs_cell_run.h"
+
+#define FASTNAS_VECTOR_BYTES 16
+namespace fastnas::cpu::plain {
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
+
+#include "cpu/abs_cell.inl"
+}  // namespace fastnas::cpu::plain
