@@ -1,0 +1,90 @@
+"""How scores look into a network while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.saliency._registry import Batch
+from fastnas.saliency._state import preserved
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""The layers whose weights published scores look at."""
+
+
+def check_images(batch: Batch, at_least: int = 1) -> int:
+    """Returns the number of images.
+
+    Raises:
+        ValueError: where they are not (N, C, H, W) floats, or fewer than ``at_least``.
+    """
+    images = batch.images
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"batch.images must be floats (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.numel() == 0 or len(images) < at_least:
+        raise ValueError(f"batch.images has shape {tuple(images.shape)}: this score needs {at_least} or more images")
+    return len(images)
+
+
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Returns the network's logits, (N, classes).
+
+    Raises:
+        ValueError: where the network returns anything else, or a logit is not finite.
+    """
+    logits = network(images)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"network must return logits (N, classes), got {got}: wrap it in a module that does")
+    if not torch.isfinite(logits).all():
+        raise ValueError("network: its logits are NaN or infinite: check the images, scale weights or use float64")
+    return logits
+
+
+@contextmanager
+def hooked(
+    network: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...], hook: Callable[..., Any]
+) -> Iterator[None]:
+    """Runs the block with a forward hook on every module of some kinds; it is removed afterwards, also after an error.
+
+    Raises:
+        ValueError: where the network has no such module.
+    """
+    handles = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, kinds)]
+    try:
+        if not handles:
+            names = ", ".join(k.__name__.lstrip("_") for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise ValueError(f"network has no module of kind {names}, which this score looks at")
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visit_relus(network: nn.Module, images: Tensor, visit: Callable[[Tensor], None]) -> None:
+    """Calls ``visit`` with which units are active, bool (N, units), for every call of a ReLU in one forward.
+
+    Batch norms use the batch's statistics.
+
+    Raises:
+        ValueError: where the network has no ``nn.ReLU`` or calls none, or as :func:`logits_of`.
+    """
+    seen = False
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal seen
+        if len(output) != len(images):
+            raise ValueError(f"network: a ReLU sees {len(output)} rows for {len(images)} images")
+        seen = True
+        # The order of the units does not matter, and that of channels_last memory saves a copy.
+        active = output > 0
+        visit(active.permute(0, 2, 3, 1).flatten(1) if active.dim() == 4 else active.flatten(1))
+
+    with preserved(network, training=True), hooked(network, nn.ReLU, hook), torch.no_grad():
+        logits_of(network, images)
+    if not seen:
+        raise ValueError("network calls none of its nn.ReLU modules, which this score looks at")
