@@ -17,6 +17,9 @@ from fastnas.nn.operations import OPS, ReLUConvBN
 NASBENCH201_PRIMITIVES: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """The five candidates of NAS-Bench-201, in the published order (the columns of ``alphas``)."""
 
+Between = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""A function of the states that the next cell reads, which returns what it reads instead."""
+
 
 class NASBench201Cell(nn.Module):
     """A cell of densely connected nodes, whose every edge is a MixedOp of stride 1.
@@ -137,7 +140,7 @@ class _Skeleton(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(C, num_classes)
 
-    def _logits(self, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    def _logits(self, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor], between: Between | None) -> Tensor:
         """Returns the logits; ``run`` is given each of ``cells`` and what it reads."""
         if x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(
@@ -146,6 +149,7 @@ class _Skeleton(nn.Module):
         x = self.stem(x)
         for cell in self.cells:
             x = run(cell, x)
+            x = x if between is None else between((x,))[0]
         logits: Tensor = self.classifier(self.global_pooling(self.lastact(x)).flatten(1))
         return logits
 
@@ -178,16 +182,17 @@ class NASBench201Network(_Skeleton):
         super().__init__(channels, cells, num_classes, in_channels, lambda C: NASBench201InferCell(genotype, C))
         self.genotype = genotype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, between: Between | None = None) -> Tensor:
         """Returns the logits, (N, num_classes).
 
         Args:
             x: (N, in_channels, H, W) images; H and W are multiples of 4.
+            between: as that of :class:`NASBench201Supernet`.
 
         Raises:
             ValueError: where the images cannot be halved twice.
         """
-        return self._logits(x, lambda cell, state: cell(state))
+        return self._logits(x, lambda cell, state: cell(state), between)
 
 
 class NASBench201Supernet(_Skeleton):
@@ -228,7 +233,7 @@ class NASBench201Supernet(_Skeleton):
         x: Tensor,
         weights: Tensor | Mapping[str, Tensor],
         *,
-        between: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+        between: Between | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
 
@@ -251,6 +256,6 @@ class NASBench201Supernet(_Skeleton):
 
         def run(cell: nn.Module, state: Tensor) -> Tensor:
             y: Tensor = cell(state, table) if isinstance(cell, NASBench201Cell) else cell(state)
-            return y if between is None else between((y,))[0]
+            return y
 
-        return self._logits(x, run)
+        return self._logits(x, run, between)

@@ -72,7 +72,7 @@ class FreeDarts:
             raise ValueError(f"pruning={pruning!r}: expected one of {', '.join(PRUNING)}")
         self.space = space
         self.scale, self.draws, self.pruning = scale, draws, pruning
-        self.supernet = space.supernet(**supernet).to(device)
+        self.supernet = space.supernet(**supernet).to(device).eval()
         self._device = torch.device(device)
         self._saliencies: list[Saliency] = [get_saliency(name) for name in names]
         resets = (getattr(m, "reset_parameters", None) for m in self.supernet.modules())

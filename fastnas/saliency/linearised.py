@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastnas.nn.batch_norm import special
+from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.nasbench201 import NASBench201Cell
+from fastnas.nn.operations import Identity, ReLUConvBN, Zero
+from fastnas.ops.abs_cell import AbsOp, abs_cell
 
 
 @contextmanager
@@ -24,29 +30,33 @@ def linearised(network: nn.Module) -> Iterator[None]:
     the network in the block.
     """
     modules = list(network.modules())
-    modes = [m.training for m in modules]
+    training = [m for m in modules if m.__dict__["training"]]
     norms = [m for m in modules if isinstance(m, _BatchNorm)]
-    biased = [m for m in modules if m._parameters.get("bias") is not None]
-    biases = [m._parameters["bias"] for m in biased]
-    kept = [(n.eps, n.weight, n.running_mean, n.running_var) for n in norms]
-    unit: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+    kept = [(n.eps, dict(n._buffers)) for n in norms]
+    # a norm's weight and everybody's bias
+    left_out = [(n._parameters, "weight", n._parameters["weight"]) for n in norms]
+    left_out += [(m._parameters, "bias", m._parameters["bias"]) for m in modules if "bias" in m._parameters]
+    left_out = [entry for entry in left_out if entry[2] is not None]
+    cells = [(m, fused) for m in modules if type(m) is NASBench201Cell and (fused := _fused(m)) is not None]
+    unit: dict[int, dict[str, Tensor | None]] = {}
     signs: list[Tensor] | None = None
     parameters: list[Tensor] = []
     try:
-        for m in modules:
-            m.training = False
-        for m in biased:
-            m.register_parameter("bias", None)
+        # straight into the dicts: a DARTS supernet has 5,000 modules
+        for m in training:
+            m.__dict__["training"] = False
+        for owner, name, _ in left_out:
+            owner[name] = None
         like = next(network.parameters(), torch.empty(0))
         for n in norms:
-            key = (n.num_features, like.dtype, like.device)
-            if key not in unit:
+            if n.num_features not in unit:
                 zeros = torch.zeros(n.num_features, dtype=like.dtype, device=like.device)
-                unit[key] = (zeros, torch.ones_like(zeros))
-            n.eps = 0.0
-            n.register_parameter("weight", None)
-            n.running_mean, n.running_var = unit[key]
-        parameters = [p.detach() for p in network.parameters()]
+                unit[n.num_features] = {"running_mean": zeros, "running_var": torch.ones_like(zeros)}
+            n.__dict__["eps"] = 0.0
+            n._buffers.update(unit[n.num_features])
+        for cell, fused in cells:
+            cell.__dict__["forward"] = fused
+        parameters = [p.detach() for m in modules for p in m._parameters.values() if p is not None]
         signs = [torch.signbit(p) for p in parameters]
         torch._foreach_abs_(parameters)
         yield
@@ -54,13 +64,67 @@ def linearised(network: nn.Module) -> Iterator[None]:
         if signs is not None:
             for p, negative in zip(parameters, signs, strict=True):
                 p.copy_(torch.where(negative, -p, p))
-        for n, (eps, weight, mean, var) in zip(norms, kept, strict=True):
-            n.register_parameter("weight", weight)
-            n.eps, n.running_mean, n.running_var = eps, mean, var
-        for m, bias in zip(biased, biases, strict=True):
-            m.register_parameter("bias", bias)
-        for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+        for cell, _ in cells:
+            cell.__dict__.pop("forward", None)
+        for n, (eps, buffers) in zip(norms, kept, strict=True):
+            n.__dict__["eps"] = eps
+            n._buffers.update(buffers)
+        for owner, name, value in left_out:
+            owner[name] = value
+        for m in training:
+            m.__dict__["training"] = True
+
+
+def _fused(cell: NASBench201Cell) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Returns the linear forward of a cell as one op; None where that is not what its candidates compute."""
+    known: list[list[AbsOp]] = []
+    kernels: list[Tensor] = []
+    for edge in cell._ops:
+        if type(edge) is not MixedOp or edge.k != 1 or special(edge):
+            return None
+        known.append([])
+        for candidate in edge._ops:
+            op, kernel = _abs_op(candidate)
+            if op is None:
+                return None
+            known[-1].append(op)
+            kernels += [] if kernel is None else [kernel]
+    if special(cell) or any(ops != known[0] for ops in known):
+        return None
+    return lambda x, weights: abs_cell(x, weights, known[0], kernels)
+
+
+def _abs_op(candidate: nn.Module) -> tuple[AbsOp | None, Tensor | None]:
+    """Returns what the op calls a candidate, and its kernel where it has one; None where it knows no such candidate."""
+    if special(candidate):
+        return None, None
+    if type(candidate) is Zero:
+        return "none", None
+    if type(candidate) is Identity:
+        return "skip", None
+    if type(candidate) is nn.AvgPool2d and _is_average(candidate):
+        return "avg_pool_3x3", None
+    if type(candidate) is ReLUConvBN and type(candidate.op) is nn.Sequential and len(candidate.op) == 3:
+        relu, conv, norm = candidate.op
+        plain = type(relu) is nn.ReLU and isinstance(norm, _BatchNorm) and not any(map(special, candidate.op))
+        if plain and type(conv) is nn.Conv2d and conv.padding_mode == "zeros":
+            shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups)
+            if shape == ((1, 1), (0, 0), (1, 1), (1, 1), 1):
+                return "conv_1x1", conv.weight
+            if shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+                return "conv_3x3", conv.weight
+    return None, None
+
+
+def _is_average(pool: nn.AvgPool2d) -> bool:
+    """Whether it is the 3x3 pool of stride 1 that does not count its padding."""
+    sizes = [v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    return (
+        sizes == [(3, 3), (1, 1), (1, 1)]
+        and not pool.ceil_mode
+        and not pool.count_include_pad
+        and pool.divisor_override is None
+    )
 
 
 class Rescale:
