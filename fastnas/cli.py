@@ -27,7 +27,7 @@ import fastnas
 from fastnas import _C
 from fastnas._library import current_backend
 from fastnas.data import DATASETS
-from fastnas.genotype import Genotype
+from fastnas.genotype import load_genotype
 from fastnas.relaxations import RELAXATIONS
 from fastnas.saliency import SCORES
 from fastnas.saliency.batches import SOURCES, BatchSource
@@ -175,7 +175,8 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     genotype = _Parser(
         prog="fastnas genotype",
         usage="fastnas genotype FILE [options]",
-        description="Prints the architecture in a file, which is in JSON or in DARTS' Genotype(...) notation.",
+        description="Prints the architecture in a file, which is in JSON or in the notation of its space: DARTS' "
+        "Genotype(...), NAS-Bench-201's |op~0|+|op~0|op~1|+...",
     )
     genotype.add_argument("file", metavar="FILE", help="genotype.json, genotype.txt, or a line of a genotypes.py.")
     genotype.add_argument("--to", choices=["json", "text"], default="text", help="The notation to print.")
@@ -251,7 +252,7 @@ def _info() -> int:
 
 
 def _genotype(options: Namespace) -> int:
-    genotype = Genotype.load(options.file)
+    genotype = load_genotype(options.file)
     print(genotype.to_json().rstrip() if options.to == "json" else genotype.to_text())
     if options.draw is not None:
         from fastnas.report import draw_genotype
@@ -301,7 +302,7 @@ def _run(search: Search, folder: RunFolder) -> int:
         f"{len(search.parts[0]):,} images train the weights, {len(search.parts[1]):,} the alphas"
     )
     console.print(
-        f"supernet of {config.layers} cells, {config.channels} channels, {parameters:,} parameters; {config.device}; "
+        f"supernet of {config.layers} layers, {config.channels} channels, {parameters:,} parameters; {config.device}; "
         f"seed {config.seed}\nrun folder {folder.path}"
     )
     if search.epoch or search.step:
@@ -319,8 +320,7 @@ def _run(search: Search, folder: RunFolder) -> int:
         result = search.run(on_step=bar.update, on_epoch=on_epoch)
         if not result.finished:
             folder.save(search)
-        if result.history:
-            folder.finish(search)
+        pictures = folder.finish(search) if result.history else ()
     if not result.finished:
         console.print(
             f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"
@@ -330,8 +330,8 @@ def _run(search: Search, folder: RunFolder) -> int:
     console.print(
         f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}\n"
         f"{result.genotype.to_text()}\n"
-        f"in {folder.path}: genotype.json, cell_normal.png, cell_reduce.png, alphas.png, metrics.csv, config.yaml; "
-        f"curves: tensorboard --logdir {shlex.quote(str(folder.path))}"
+        f"in {folder.path}: genotype.json, {', '.join(p.name for p in pictures)}, alphas.png, metrics.csv, "
+        f"config.yaml; curves: tensorboard --logdir {shlex.quote(str(folder.path))}"
     )
     return 0
 
