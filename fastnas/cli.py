@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import math
 import os
 import platform
 import re
@@ -25,13 +27,19 @@ import fastnas
 from fastnas import _C
 from fastnas._library import current_backend
 from fastnas.data import DATASETS
-from fastnas.genotype import Genotype
+from fastnas.genotype import load_genotype
 from fastnas.relaxations import RELAXATIONS
+from fastnas.saliency import SCORES
+from fastnas.saliency.batches import SOURCES, BatchSource
+from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, sample
+from fastnas.saliency.statistics import Correlations, Estimate
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
+from fastnas.search.checkpoint import write_atomic
 from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
 from fastnas.search.loop import peak_memory
 from fastnas.search.run import RunFolder
-from fastnas.spaces import SPACES
+from fastnas.spaces import SPACES, get_space
+from fastnas.tabular import Table
 
 _MIB = 2**20
 
@@ -48,16 +56,24 @@ class _HelpFormatter(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.dest in _CHOICES:
-            text += f" One of: {', '.join(_CHOICES[action.dest])}."
+        ranks = self._prog.endswith(" rank")
+        choices = _RANK_CHOICES if ranks else _CHOICES
+        if action.dest in choices:
+            text += f" One of: {', '.join(choices[action.dest])}."
+        if ranks:
+            known = action.dest in _RANK_ANNOTATIONS and action.default is not None
+            return text + (f" (default: {_show(action.default)})" if known else "")
         return text + _default(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return _METAVARS.get(_ANNOTATIONS.get(action.dest, ""), super()._get_default_metavar_for_optional(action))
+        annotation = _ANNOTATIONS.get(action.dest, _RANK_ANNOTATIONS.get(action.dest, ""))
+        return _METAVARS.get(annotation, super()._get_default_metavar_for_optional(action))
 
 
 _ANNOTATIONS = {field.name: str(field.type) for field in dataclasses.fields(SearchConfig)}
+_RANK_ANNOTATIONS = {field.name: str(field.type) for field in dataclasses.fields(RankOptions)}
 _METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
+_WORDS = {"int": "a whole number", "bool": "true or false"}
 _CHOICES = {
     "space": sorted(SPACES),
     "method": sorted(METHODS),
@@ -65,6 +81,7 @@ _CHOICES = {
     "data": list(DATASETS),
     "amp": list(AMP),
 }
+_RANK_CHOICES = {"space": sorted(SPACES), "score": sorted(SCORES), "data": list(SOURCES)}
 
 
 def _default(action: argparse.Action) -> str:
@@ -86,10 +103,12 @@ class _Parser(ArgumentParser):
     """Reports a bad command line as an exception, and in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        key = re.search(r'key "(?:search\.)?(\w+)"', message)
+        key = re.search(r'key "(?:search\.|rank\.)?(\w+)"', message)
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         if key and value and key[1] in _ANNOTATIONS:
             message = f"{key[1]}={value[1]}: expected {describe_type(key[1])}"
+        elif key and value and _RANK_ANNOTATIONS.get(key[1]) in _WORDS:
+            message = f"{key[1]}={value[1]}: expected {_WORDS[_RANK_ANNOTATIONS[key[1]]]}"
         # argparse calls a subcommand "fastnas COMMAND ... search".
         command = "" if self.prog == "fastnas" else f" {self.prog.split()[-1]}"
         raise UsageError(f"{' '.join(message.split())} (see fastnas{command} --help)") from ex
@@ -137,13 +156,27 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
         search.set_defaults(search_defaults)
     commands.add_subcommand("search", search, help="search for an architecture")
 
+    ranking = _Parser(
+        prog="fastnas rank",
+        usage="fastnas rank [options]",
+        description="Scores architectures of a space without training them, and says how well the score's order agrees "
+        "with that of a table of trained ones. The folder gets scores.csv and, with --table, correlations.json and "
+        "scatter.png. A run that was stopped or killed goes on where the same command is given again.",
+    )
+    ranking.add_argument(
+        "--out", metavar="FOLDER", help="The folder. (default: runs/rank-<space>-<score>-<data>-seed<seed>)"
+    )
+    ranking.add_class_arguments(RankOptions)
+    commands.add_subcommand("rank", ranking, help="score architectures without training, against a table")
+
     info = _Parser(prog="fastnas info", usage="fastnas info", description="Prints versions and how fastnas was built.")
     commands.add_subcommand("info", info, help="versions, compiler, instruction sets, backends")
 
     genotype = _Parser(
         prog="fastnas genotype",
         usage="fastnas genotype FILE [options]",
-        description="Prints the architecture in a file, which is in JSON or in DARTS' Genotype(...) notation.",
+        description="Prints the architecture in a file, which is in JSON or in the notation of its space: DARTS' "
+        "Genotype(...), NAS-Bench-201's |op~0|+|op~0|op~1|+...",
     )
     genotype.add_argument("file", metavar="FILE", help="genotype.json, genotype.txt, or a line of a genotypes.py.")
     genotype.add_argument("--to", choices=["json", "text"], default="text", help="The notation to print.")
@@ -169,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         if options.subcommand == "search":
             return _search(options.search, arguments)
+        if options.subcommand == "rank":
+            return _rank(options.rank)
         if options.subcommand == "genotype":
             return _genotype(options.genotype)
         return _info()
@@ -217,7 +252,7 @@ def _info() -> int:
 
 
 def _genotype(options: Namespace) -> int:
-    genotype = Genotype.load(options.file)
+    genotype = load_genotype(options.file)
     print(genotype.to_json().rstrip() if options.to == "json" else genotype.to_text())
     if options.draw is not None:
         from fastnas.report import draw_genotype
@@ -267,7 +302,7 @@ def _run(search: Search, folder: RunFolder) -> int:
         f"{len(search.parts[0]):,} images train the weights, {len(search.parts[1]):,} the alphas"
     )
     console.print(
-        f"supernet of {config.layers} cells, {config.channels} channels, {parameters:,} parameters; {config.device}; "
+        f"supernet of {config.layers} layers, {config.channels} channels, {parameters:,} parameters; {config.device}; "
         f"seed {config.seed}\nrun folder {folder.path}"
     )
     if search.epoch or search.step:
@@ -285,8 +320,7 @@ def _run(search: Search, folder: RunFolder) -> int:
         result = search.run(on_step=bar.update, on_epoch=on_epoch)
         if not result.finished:
             folder.save(search)
-        if result.history:
-            folder.finish(search)
+        pictures = folder.finish(search) if result.history else ()
     if not result.finished:
         console.print(
             f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"
@@ -296,8 +330,8 @@ def _run(search: Search, folder: RunFolder) -> int:
     console.print(
         f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}\n"
         f"{result.genotype.to_text()}\n"
-        f"in {folder.path}: genotype.json, cell_normal.png, cell_reduce.png, alphas.png, metrics.csv, config.yaml; "
-        f"curves: tensorboard --logdir {shlex.quote(str(folder.path))}"
+        f"in {folder.path}: genotype.json, {', '.join(p.name for p in pictures)}, alphas.png, metrics.csv, "
+        f"config.yaml; curves: tensorboard --logdir {shlex.quote(str(folder.path))}"
     )
     return 0
 
@@ -311,6 +345,145 @@ def _row(r: EpochRecord) -> str:
         f"  {r.valid_loss:9.4f} {r.valid_accuracy:6.1%}  {r.alpha_spread:6.4f}  {r.seconds:7.1f}"
         f"  {r.peak_memory / _MIB:4.0f}"
     )
+
+
+def _rank(namespace: Namespace) -> int:
+    options = RankOptions(**{name: namespace[name] for name in _RANK_ANNOTATIONS})
+    folder = Path(namespace.out or f"runs/rank-{options.space}-{options.score}-{options.data}-seed{options.seed}")
+    table = None if options.table is None else Table.load(options.table, options.key)
+    if table is not None:
+        table.column(options.column)
+    source = BatchSource.open(
+        options.data,
+        options.root,
+        options.batch_size,
+        per_class=options.per_class,
+        image_size=options.image_size,
+    )
+    space = get_space(options.space)
+    genotypes = sample(space, None if options.sample == "all" else int(options.sample), options.seed)
+    networks = Networks(options.channels, options.layers, source.classes, options.seed, options.device)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    progress = Progress(
+        TextColumn(options.score),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        expand=True,
+    )
+    task = progress.add_task("rank", total=len(genotypes))
+    done = 0
+
+    def on_score(row: Scored) -> None:
+        nonlocal done
+        done += 1
+        progress.update(task, completed=done)
+
+    console.print(
+        f"{options.score} of {len(genotypes):,} architectures of {options.space}, {options.channels} channels, "
+        f"{options.layers} layers, on {options.batch_size} images of {options.data}"
+    )
+    try:
+        with progress, _interruptible():
+            rows = rank(
+                space,
+                options.score,
+                genotypes,
+                source.draw(options.seed),
+                networks,
+                folder=folder,
+                jobs=options.jobs,
+                threads=options.threads,
+                on_score=on_score,
+            )
+    except _Interrupted as stop:
+        console.print(f"stopped after {done:,} of {len(genotypes):,}; the same command goes on from there")
+        return 128 + stop.number
+    correlations, values = (None, None) if table is None else compare(rows, table, options.column, seed=options.seed)
+    _show_best(console, rows, values, options)
+    files = ["scores.csv"]
+    if correlations is not None and values is not None:
+        files += _write_comparison(folder, rows, correlations, values, options)
+        for name, estimate in (("Spearman", correlations.spearman), ("Kendall", correlations.kendall)):
+            console.print(f"{name:8} {_interval(estimate)}")
+        if math.isnan(correlations.spearman.value):
+            console.print("all scores, or all values, are equal: nothing is ranked")
+    console.print(f"in {folder}: {', '.join(files)}; {sum(r.seconds for r in rows) / len(rows):.3f} s a network")
+    return 0
+
+
+_BEST = 5  # architectures that are shown
+
+
+def _show_best(console: Console, rows: list[Scored], values: list[float] | None, options: RankOptions) -> None:
+    best = sorted((r for r in rows if not math.isnan(r.score)), key=lambda r: -r.score)[:_BEST]
+    console.print(f"[dim]{'score':>12}{'' if values is None else f'  {options.column:>14}'}  the best by score[/]")
+    for row in best:
+        value = "" if values is None else f"  {values[row.index]:14.2f}"
+        console.print(f"{row.score:12.6g}{value}  {row.architecture}", markup=False)
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} (95 % of resamples: {estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _write_comparison(
+    folder: Path, rows: list[Scored], correlations: Correlations, values: list[float], options: RankOptions
+) -> list[str]:
+    """Writes the comparison with the table, and returns the files' names."""
+    from fastnas.report import plot_scatter
+
+    def plain(value: object) -> object:  # JSON has no NaN
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    content = {
+        "space": options.space,
+        "score": options.score,
+        "column": options.column,
+        "architectures": len(rows),
+        **dataclasses.asdict(correlations),
+    }
+    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+    write_atomic(folder / "correlations.json", lambda file: file.write(text.encode()))
+    plot_scatter(
+        [row.score for row in rows],
+        values,
+        folder / "scatter.png",
+        xlabel=options.score,
+        ylabel=options.column,
+        title=f"{options.score}: Spearman {correlations.spearman.value:.3f}, Kendall {correlations.kendall.value:.3f}",
+        subtitle=f"{correlations.count:,} architectures of {options.space}; {options.batch_size} images of "
+        f"{options.data}, seed {options.seed}",
+    )
+    return ["correlations.json", "scatter.png"]
+
+
+class _Interrupted(BaseException):
+    """A signal asked the process to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM in the block into an exception."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise _Interrupted(number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Bar:

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fastnas
 from fastnas.cli import main
 from fastnas.data import load
-from fastnas.genotype import Genotype
+from fastnas.genotype import Genotype, load_genotype
 from fastnas.search import SearchConfig, checkpoint
 
 TINY = {"channels": 4, "layers": 3, "batch_size": 10, "lr": 0.1, "epochs": 2, "device": "cpu"}
@@ -324,3 +324,29 @@ def test_genotype_command(run, tmp_path, capsys):
     (tmp_path / "g.txt").write_text("print('no')")
     assert main(["genotype", str(tmp_path / "g.txt")]) == 2
     assert "g.txt" in capsys.readouterr().err
+
+
+CELL = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
+
+
+def test_genotype_command_for_nasbench201(tmp_path, capsys):
+    (tmp_path / "cell.txt").write_text(CELL)
+    assert main(["genotype", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path / "pictures")]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"ops": re.findall(r"\|(\w+)~", CELL)}
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["cell.png"]
+    (tmp_path / "cell.json").write_text(text)
+    assert main(["genotype", str(tmp_path / "cell.json")]) == 0
+    assert capsys.readouterr().out == CELL + "\n"
+
+
+def test_search_in_nasbench201(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*tiny, "--space=nb201", f"--out={folder}"]) == 0
+    genotype = load_genotype(folder / "genotype.json")
+    assert (folder / "genotype.txt").read_text() == genotype.to_text() + "\n"
+    assert genotype.to_text() in capsys.readouterr().out
+    assert {"cell.png", "alphas.png"} <= {p.name for p in folder.iterdir()}
+    assert main([*tiny, "--space=nb201", "--k=2", f"--out={tmp_path / 'partial'}"]) == 2
+    assert "the space 'nb201' has no partial channels, set k to 1" in capsys.readouterr().err
+    assert not (tmp_path / "partial").exists()

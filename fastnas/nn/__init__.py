@@ -1,6 +1,7 @@
 """Modules: candidate operations and their registry, MixedOp, cells, supernets and final networks."""
 
 from fastnas.nn.cells import Cell
+from fastnas.nn.derived import Network
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Network, NASBench201Supernet
 from fastnas.nn.operations import OPS, PRIMITIVES, primitive
@@ -15,6 +16,7 @@ __all__ = [
     "NASBench201Cell",
     "NASBench201Network",
     "NASBench201Supernet",
+    "Network",
     "Supernet",
     "primitive",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from fastnas.nn.cells import Cell
 from fastnas.nn.operations import PRIMITIVES
+from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
 
 
 class Supernet(nn.Module):
@@ -24,8 +25,13 @@ class Supernet(nn.Module):
         primitives: the candidates of an edge.
         steps: nodes of a cell.
         multiplier: nodes that are concatenated to a cell's output.
-        stem_multiplier: the stem has ``stem_multiplier * channels`` channels.
+        stem_multiplier: the stem of ``cifar`` has ``stem_multiplier * channels`` channels.
         k: partial channels: the candidates see 1/k of the channels (PC-DARTS, arXiv:1907.05737); 1 is all of them.
+        stem: ``cifar``, one convolution at full size; or ``imagenet``, three of stride 2, after which the first cell
+            reads ``channels`` channels at a quarter and at an eighth of the size.
+
+    Raises:
+        ValueError: where a size is below 1, or the stem is unknown or does not fit the channels.
     """
 
     def __init__(
@@ -40,17 +46,23 @@ class Supernet(nn.Module):
         multiplier: int = 4,
         stem_multiplier: int = 3,
         k: int = 1,
+        stem: Stem = "cifar",
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "layers": layers, "num_classes": num_classes, "in_channels": in_channels}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        C_curr = stem_multiplier * channels
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
-        C_prev_prev, C_prev, C_curr = C_curr, C_curr, channels
+        check_stem(stem, channels)
+        if stem == "cifar":
+            C_prev_prev = C_prev = stem_multiplier * channels
+            self.stem = cifar_stem(in_channels, C_prev)
+        else:
+            C_prev_prev = C_prev = channels
+            self.stem0, self.stem1 = imagenet_stems(in_channels, channels)
+        self._stem: Stem = stem
+        C_curr, reduction_prev = channels, stem == "imagenet"
         self.cells = nn.ModuleList()
-        reduction_prev = False
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             if reduction:
@@ -75,14 +87,21 @@ class Supernet(nn.Module):
         self._edges = steps * (steps + 3) // 2
 
     def forward(
-        self, x: Tensor, weights: Mapping[str, Tensor], edge_weights: Mapping[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        edge_weights: Mapping[str, Tensor] | None = None,
+        *,
+        between: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
 
         Args:
-            x: (N, in_channels, H, W) images; H and W are multiples of 4.
+            x: (N, in_channels, H, W) images; H and W are multiples of 4, with the stem of ``imagenet`` of 32.
             weights: ``"normal"`` and ``"reduce"``: what a relaxation makes of the alphas, (E, O) each.
             edge_weights: the same keys: factors of the edges' outputs, (E,) each; all 1 where None.
+            between: called after every cell with ``(s0, s1)``, what the next cell reads: the outputs of the cell before
+                and of this one; returns what it reads instead.
 
         Raises:
             ValueError: where a cell type has no weights, or not one row an edge.
@@ -95,9 +114,15 @@ class Supernet(nn.Module):
                         f"{name}[{cell_type!r}] must have one row for each of {self._edges} edges, got {got}"
                     )
         factors = {} if edge_weights is None else edge_weights
-        s0 = s1 = self.stem(x)
+        if self._stem == "cifar":
+            s0 = s1 = self.stem(x)
+        else:
+            s0 = self.stem0(x)
+            s1 = self.stem1(s0)
         for cell in self.cells:
             cell_type = "reduce" if cell.reduction else "normal"
             s0, s1 = s1, cell(s0, s1, weights[cell_type], factors.get(cell_type))
+            if between is not None:
+                s0, s1 = between((s0, s1))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))
         return logits

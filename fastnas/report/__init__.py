@@ -2,6 +2,7 @@
 
 from .alphas import alphas_figure, plot_alphas
 from .cell import cell_figure, draw_cell, draw_genotype
+from .scatter import plot_scatter, scatter_figure
 from .scores import plot_scores, scores_figure
 from .style import op_color
 
@@ -12,6 +13,8 @@ __all__ = [
     "draw_genotype",
     "op_color",
     "plot_alphas",
+    "plot_scatter",
     "plot_scores",
+    "scatter_figure",
     "scores_figure",
 ]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, PathPatch, Polygon
 from matplotlib.path import Path
 
-from fastnas.genotype import Genotype
+from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype
 
 from .layout import Box, link, place
 from .style import DPI, FAINT, INK, MONO, SANS, SLATE, op_color, save, tint
@@ -62,18 +62,20 @@ class _Edge:
     line: float
 
 
-def draw_genotype(
-    genotype: Genotype | Mapping[str, Any], directory: str | os.PathLike[str]
-) -> tuple[FilePath, FilePath]:
-    """Returns the paths of `cell_normal.png` and `cell_reduce.png`, drawn in `directory`.
+def draw_genotype(genotype: AnyGenotype | Mapping[str, Any], directory: str | os.PathLike[str]) -> tuple[FilePath, ...]:
+    """Returns the paths of the pictures drawn in `directory`: `cell_normal.png` and `cell_reduce.png`, or `cell.png`.
 
     Args:
-        genotype: a `Genotype`, or the mapping of its four fields that a JSON file holds.
+        genotype: a genotype, or the mapping of the four fields of `Genotype` that a JSON file holds.
         directory: made where it is missing.
 
     Raises:
         ValueError: the genotype describes no architecture; the message names the field.
     """
+    if isinstance(genotype, NASBench201Genotype):
+        edges = [(op, i, j) for op, (i, j) in zip(genotype.ops, genotype.edges, strict=True)]
+        last = genotype.nodes - 1
+        return (draw_cell(edges, FilePath(directory) / "cell.png", "Cell", concat=[last], inputs=INPUTS[1:]),)
     if isinstance(genotype, Mapping):
         missing = [name for name in Genotype._fields if name not in genotype]
         if missing:
@@ -87,7 +89,7 @@ def draw_genotype(
     ):
         edges = [(op, 2 + n // 2, j) for n, (op, j) in enumerate(entries)]
         paths.append(draw_cell(edges, FilePath(directory) / f"cell_{name}.png", title, concat=concat))
-    return paths[0], paths[1]
+    return tuple(paths)
 
 
 def draw_cell(

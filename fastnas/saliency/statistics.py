@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,8 @@ class Correlations:
     Attributes:
         count: Pairs that they are of.
         spearman: Spearman's ρ: the correlation of the ranks.
-        kendall: Kendall's τ-b: pairs in the same order less pairs in opposite order, as a part of all, ties allowed for.
+        kendall: Kendall's τ-b: pairs in the same order less pairs in opposite order, as a part of all, ties allowed
+            for.
     """
 
     count: int
@@ -53,8 +55,6 @@ def correlate(
     Raises:
         ValueError: for other shapes, fewer than three pairs, or NaN.
     """
-    from scipy.stats import kendalltau
-
     first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if first.ndim != 1 or first.shape != second.shape or len(first) < 3:
         raise ValueError(f"x and y must be (N,) with N at least 3, got {first.shape} and {second.shape}")
@@ -63,36 +63,39 @@ def correlate(
     if resamples < 0 or not 0 < confidence < 1:
         raise ValueError(f"resamples={resamples} must be at least 0, confidence={confidence} between 0 and 1")
     # Whole ranks are all that either statistic looks at, and compare faster than the values.
-    first, second = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (first, second))
-    n = len(first)
+    a, b = (np.unique(values, return_inverse=True)[1].reshape(-1) for values in (first, second))
+    n = len(a)
     random = np.random.default_rng(seed)
     rhos: list[npt.NDArray[np.float64]] = []
     taus: list[float] = []
     while len(taus) < resamples:
         rows = random.integers(n, size=(min(resamples - len(taus), max(1, _NUMBERS // n)), n))
-        rhos.append(_spearman(first[rows], second[rows]))
-        taus += [_kendall(kendalltau, first[row], second[row]) for row in rows]
+        rhos.append(_spearman(a[rows], b[rows]))
+        taus += [_kendall(a[row], b[row]) for row in rows]
     return Correlations(
         n,
-        _estimate(float(_spearman(first[None], second[None])[0]), np.concatenate([np.empty(0), *rhos]), confidence),
-        _estimate(_kendall(kendalltau, first, second), np.array(taus), confidence),
+        _estimate(float(_spearman(a[None], b[None])[0]), np.concatenate([np.empty(0), *rhos]), confidence),
+        _estimate(_kendall(a, b), np.array(taus), confidence),
     )
 
 
-def _spearman(x: npt.NDArray[np.int64], y: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _spearman(x: npt.NDArray[np.signedinteger[Any]], y: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.float64]:
     """Returns Spearman's ρ of each row, (R,) from (R, N); NaN where a row is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (x, y)]
     a, b = ranks
     scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return np.divide((a * b).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+    rho: npt.NDArray[np.float64] = np.divide((a * b).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+    return rho
 
 
-def _kendall(kendalltau: object, x: npt.NDArray[np.int64], y: npt.NDArray[np.int64]) -> float:
+def _kendall(x: npt.NDArray[np.signedinteger[Any]], y: npt.NDArray[np.signedinteger[Any]]) -> float:
+    from scipy.stats import kendalltau
+
     if x.min() == x.max() or y.min() == y.max():
         return math.nan
-    return float(kendalltau(x, y).statistic)  # type: ignore[operator]
+    return float(kendalltau(x, y).statistic)
 
 
 def _estimate(value: float, resampled: npt.NDArray[np.float64], confidence: float) -> Estimate:

@@ -25,7 +25,8 @@ class SpaceOptions:
         relaxation: The function from alphas to the weights of the mixed operations.
         k: Partial channels: candidates see 1/k of the channels, the others bypass them. 1 is all channels.
         channels: Channels of the first cell. Each reduction cell doubles them.
-        layers: Cells of the supernet, 3 or more; those at 1/3 and 2/3 of the depth are reduction cells.
+        layers: Cells of the supernet, 3 or more; those at 1/3 and 2/3 of the depth are reduction cells. In the space
+            nb201: cells of each of the three stages.
     """
 
     space: str = "darts"

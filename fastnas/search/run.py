@@ -30,6 +30,7 @@ _FILES = (
     "checkpoint.pt",
     "genotype.json",
     "genotype.txt",
+    "cell.png",
     "cell_normal.png",
     "cell_reduce.png",
     "alphas.png",
@@ -46,8 +47,8 @@ class RunFolder:
     | `metrics.csv` | one row an epoch, the fields of :class:`~fastnas.search.EpochRecord` |
     | `events.out.tfevents.*` | the same for TensorBoard |
     | `checkpoint.pt` | the state to resume from |
-    | `genotype.json`, `genotype.txt` | the architecture so far; the text is in the notation of DARTS' scripts |
-    | `cell_normal.png`, `cell_reduce.png`, `alphas.png` | its cells, and how the weights moved |
+    | `genotype.json`, `genotype.txt` | the architecture so far; the text is in the space's published notation |
+    | `cell_normal.png`, `cell_reduce.png` or `cell.png`; `alphas.png` | its cells, and how the weights moved |
 
     Args:
         path: The folder.
@@ -144,15 +145,16 @@ class RunFolder:
         self._write_genotype(search.result())
         self.save(search)
 
-    def finish(self, search: Search) -> None:
-        """Writes the genotype and the pictures."""
+    def finish(self, search: Search) -> tuple[Path, ...]:
+        """Writes the genotype and the pictures; returns the paths of those of the cells."""
         from fastnas.report import draw_genotype, plot_alphas
 
         result = search.result()
         self._write_genotype(result)
-        draw_genotype(result.genotype, self.path)
+        pictures = draw_genotype(result.genotype, self.path)
         history = {name: torch.stack([w[name] for w in result.weights]) for name in result.weights[0]}  # (T, E, O)
         plot_alphas(history, search.space.primitives, search.space.edges, self.path / "alphas.png")
+        return pictures
 
     def _is_run(self) -> bool:
         try:

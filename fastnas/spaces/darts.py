@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastnas.genotype import Genotype
+from fastnas.genotype import AnyGenotype, Genotype
+from fastnas.nn.derived import Network
 from fastnas.nn.operations import OPS, PRIMITIVES
+from fastnas.nn.stems import Stem
 from fastnas.nn.supernet import Supernet
 from fastnas.spaces._registry import register
-from fastnas.spaces._tables import checked, draw
+from fastnas.spaces._tables import checked, choose, draw
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,13 @@ class DartsSpace:
         return draw(dict.fromkeys(self.cell_types, shape), generator, scale, device)
 
     def supernet(
-        self, channels: int = 16, layers: int = 8, num_classes: int = 10, in_channels: int = 3, k: int = 1
+        self,
+        channels: int = 16,
+        layers: int = 8,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        k: int = 1,
+        stem: Stem = "cifar",
     ) -> Supernet:
         """Returns the over-parameterised network; its arguments are those of :class:`fastnas.nn.Supernet`."""
         return Supernet(
@@ -77,6 +86,7 @@ class DartsSpace:
             steps=self.steps,
             multiplier=self.multiplier,
             k=k,
+            stem=stem,
         )
 
     def derive(self, scores: Mapping[str, Tensor]) -> Genotype:
@@ -98,6 +108,55 @@ class DartsSpace:
             reduce=self._derive_cell("reduce", scores),
             reduce_concat=concat,
         )
+
+    def network(
+        self,
+        genotype: AnyGenotype,
+        channels: int = 36,
+        layers: int = 20,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        stem: Stem = "cifar",
+        auxiliary: bool = False,
+        drop_path: float = 0.0,
+    ) -> Network:
+        """Returns the network that a genotype stands for; its other arguments are those of :class:`fastnas.nn.Network`.
+
+        Raises:
+            ValueError: where the genotype is none of this space, or an argument does not fit.
+        """
+        if not isinstance(genotype, Genotype):
+            raise ValueError(
+                f"genotype is none of the space {self.name!r}, normal and reduction cell: got {genotype!r}"
+            )
+        genotype = genotype.validate(self.primitives)
+        for name, edges in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+            if len(edges) != 2 * self.steps:
+                raise ValueError(
+                    f"genotype: {name} has {len(edges) // 2} nodes, the space {self.name!r} has {self.steps}"
+                )
+        return Network(
+            *(genotype, channels, layers, num_classes, in_channels),
+            stem=stem,
+            auxiliary=auxiliary,
+            drop_path=drop_path,
+        )
+
+    def sample(self, generator: torch.Generator | None = None) -> Genotype:
+        """Returns a random architecture; all are equally likely.
+
+        Every node has two different inputs, in ascending order, with an operation each that is not ``none``.
+        """
+        concat = range(2 + self.steps - self.multiplier, 2 + self.steps)
+        operations = [p for p in self.primitives if p != "none"]
+
+        def cell() -> list[tuple[str, int]]:
+            pairs = [list(itertools.combinations(range(node), 2)) for node in range(2, self.steps + 2)]
+            inputs = [j for choices in pairs for j in choices[choose(len(choices), generator)]]
+            return [(operations[choose(len(operations), generator)], j) for j in inputs]
+
+        return Genotype(normal=cell(), normal_concat=concat, reduce=cell(), reduce_concat=concat)
 
     def _derive_cell(self, cell_type: str, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         table = checked(scores, cell_type, (len(self.edges), len(self.primitives)), self.edges)

@@ -197,3 +197,63 @@ def test_second_derivatives_in_the_block():
         (second,) = torch.autograd.grad(first.square().sum(), alphas["normal"])
     assert second.isfinite().all()
     assert second.any()
+
+
+def test_imagenet_stem():
+    """Three convolutions of stride 2; the first cell reads as many channels from both stems."""
+    torch.manual_seed(0)
+    net = Supernet(4, 3, 5, 2, stem="imagenet").double()
+    x = torch.randn(2, 2, 32, 64, dtype=torch.float64)
+    weights = {k: torch.rand(14, 8, dtype=torch.float64).softmax(-1) for k in ("normal", "reduce")}
+    state = state_of(net, torch.float64)
+    reference = Reference(state)
+
+    def conv_bn(conv, norm, x):
+        return reference.batch_norm(norm, F.conv2d(x, state[f"{conv}.weight"], None, 2, 1))
+
+    s0 = conv_bn("stem0.3", "stem0.4", conv_bn("stem0.0", "stem0.1", x).relu())
+    s1 = conv_bn("stem1.1", "stem1.2", s0.relu())
+    assert s0.shape == (2, 4, 8, 16)
+    assert s1.shape == (2, 4, 4, 8)
+    for layer, (kind, reduction_prev) in enumerate([("normal", True), ("reduce", False), ("reduce", True)]):
+        y = reference.cell(f"cells.{layer}", s0, s1, weights[kind], None, kind == "reduce", reduction_prev, 4, 4)
+        s0, s1 = s1, y
+    expected = F.linear(s1.mean((2, 3)), state["classifier.weight"], state["classifier.bias"])
+    torch.testing.assert_close(net(x, weights), expected, rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="height 3 and width 4, both must be even"):
+        net(x[:, :, :24, :32], weights)
+
+
+def test_imagenet_sizes():
+    net = Supernet(4, 4, 5, stem="imagenet").eval()
+    sizes = []
+    for cell in net.cells:
+        cell.register_forward_hook(lambda _, inputs, output: sizes.append(output.shape[2]))
+    weights = {k: torch.full((14, 8), 0.125) for k in ("normal", "reduce")}
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 224, 224), weights)
+    assert sizes == [28, 14, 7, 7]
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_between_replaces_what_the_next_cell_reads(stem):
+    torch.manual_seed(0)
+    net = Supernet(4, 3, 5, 1, stem=stem).double().eval()
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    weights = {k: torch.rand(14, 8, dtype=torch.float64) for k in ("normal", "reduce")}
+    seen = []
+
+    def between(states):
+        seen.append(len(states))
+        return states[0] * 3, states[1] * 2
+
+    outputs = net(x, weights, between=between)
+    s0 = s1 = net.stem(x) if stem == "cifar" else net.stem0(x)
+    if stem == "imagenet":
+        s1 = net.stem1(s0)
+    for cell in net.cells:
+        y = cell(s0, s1, weights["reduce" if cell.reduction else "normal"])
+        s0, s1 = 3 * s1, 2 * y
+    torch.testing.assert_close(outputs, net.classifier(s1.mean((2, 3))))
+    assert seen == [2, 2, 2]
+    assert torch.equal(net(x, weights, between=lambda states: states), net(x, weights))

@@ -1,7 +1,9 @@
 import csv
 import gzip
 import json
+from collections import Counter
 from dataclasses import FrozenInstanceError
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -110,8 +112,6 @@ def test_ties_go_to_the_lower_index():
 
 def test_derive_equals_a_search_over_all_architectures():
     """Per node, the derived edges are those of the largest sum of scores among all pairs and operations."""
-    from itertools import combinations
-
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         weights = {k: softmax(torch.randn(14, 8, generator=generator)) for k in ("normal", "reduce")}
@@ -167,6 +167,29 @@ def test_bad_scores():
     broken[3, 2] = torch.nan
     with pytest.raises(ValueError, match=r"scores\['reduce'\] has NaN on edge \(3, 1\): the search diverged"):
         SPACE.derive({"normal": good, "reduce": broken})
+
+
+def test_sample_is_uniform_and_repeatable():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [SPACE.sample(generator) for _ in range(500)]
+    assert drawn[:3] == [SPACE.sample(g) for g in [torch.Generator().manual_seed(0)] for _ in range(3)]
+    candidates = [p for p in PRIMITIVES if p != "none"]
+    for genotype in drawn:
+        assert genotype.validate(candidates) == genotype
+        assert genotype.normal_concat == genotype.reduce_concat == range(2, 6)
+    for cell in ("normal", "reduce"):
+        for node in range(4):
+            pairs = Counter(tuple(j for _, j in getattr(g, cell)[2 * node : 2 * node + 2]) for g in drawn)
+            assert set(pairs) == set(combinations(range(node + 2), 2))
+            expected = 500 / len(pairs)
+            assert max(abs(count - expected) for count in pairs.values()) < 4 * expected**0.5 + 1
+            for edge in (2 * node, 2 * node + 1):
+                ops = Counter(getattr(g, cell)[edge][0] for g in drawn)
+                assert set(ops) == set(candidates)
+                assert max(abs(count - 500 / 7) for count in ops.values()) < 4 * (500 / 7) ** 0.5
+    small = DartsSpace("small", ("skip_connect", "none"), steps=2, multiplier=1).sample()
+    assert small.normal_concat == range(3, 4)
+    assert {op for op, _ in small.normal} == {"skip_connect"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,433 @@
+"""Architectures of a space, scored one after another and compared with what they are worth after training."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastnas.genotype import AnyGenotype
+from fastnas.saliency._registry import SCORES, Batch, get_score
+from fastnas.saliency.batches import SOURCES
+from fastnas.saliency.statistics import Correlations, correlate
+from fastnas.spaces import SPACES, Space, get_space
+from fastnas.tabular import Table
+
+_FORMAT = 1
+_DUPLICATES = 200_000  # drawn one after another, until the space counts as exhausted
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row of ``scores.csv``.
+
+    Attributes:
+        index: The architecture's place in the order that it was given in.
+        architecture: Its written form.
+        score: NaN where it is not defined.
+        seconds: What it took to build and to score the network.
+    """
+
+    index: int
+    architecture: str
+    score: float
+    seconds: float
+
+
+_COLUMNS = tuple(field.name for field in fields(Scored))
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """What is scored, on what, and compared with what.
+
+    Attributes:
+        space: The search space.
+        score: What the networks are scored by.
+        sample: How many architectures, drawn at random and all different; or all, for every one of the space.
+        table: A CSV file, gzipped or not, with what the architectures are worth, one a row.
+        key: The table's column of architectures.
+        column: The table's column that the scores are compared with.
+        channels: Channels of the first cells. linear_regions wants few, such as 3.
+        layers: Cells of a stage in nb201 (linear_regions wants 1); cells of the network in the other spaces.
+        data: Where the images are from. noise is normally distributed pixels under random labels.
+        root: Where the data set lies; for npz, the file.
+        batch_size: Images that every network is scored on. linear_regions wants thousands.
+        per_class: Equally many images of each class, as GraSP takes 10 of each.
+        image_size: Height and width of noise; a data set has its own. linear_regions wants small images.
+        seed: Fixes the architectures, the images and the weights.
+        device: Where to score: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
+        jobs: Processes that score at the same time. They do not change the scores.
+        threads: CPU threads of torch in each process. They may change a score's last bits.
+    """
+
+    space: str = "nb201"
+    score: str = "naswot"
+    sample: str = "1000"
+    table: str | None = None
+    key: str = "arch"
+    column: str = "c10_test_e200"
+    channels: int = 16
+    layers: int = 5
+    data: str = "noise"
+    root: str | None = None
+    batch_size: int = 64
+    per_class: bool = False
+    image_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    jobs: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, names in (("space", sorted(SPACES)), ("score", sorted(SCORES)), ("data", SOURCES)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(names)}")
+        if self.sample != "all" and not (self.sample.isdecimal() and int(self.sample) >= 1):
+            raise ValueError(f"sample={self.sample!r}: expected a whole number of at least 1, or all")
+        for name in ("channels", "layers", "batch_size", "image_size", "jobs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**62 - 1")
+        if self.device == "auto":
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """How an architecture becomes a network.
+
+    Attributes:
+        channels: Channels of the first cells.
+        layers: Cells, as the space counts them.
+        classes: Number of logits.
+        seed: Architecture i gets the weights of seed + i.
+        device: Where it is scored; the weights are the same everywhere.
+    """
+
+    channels: int = 16
+    layers: int = 5
+    classes: int = 10
+    seed: int = 0
+    device: str = "cpu"
+
+
+def rank(
+    space: Space | str,
+    score: str,
+    genotypes: Sequence[AnyGenotype],
+    batch: Batch,
+    networks: Networks | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    threads: int = 1,
+    on_score: Callable[[Scored], None] | None = None,
+) -> list[Scored]:
+    """Returns the score of every architecture, in their order.
+
+    Scores depend on ``threads`` (in their last bits), but not on ``jobs``. With a folder, every score is written to its
+    ``scores.csv`` as soon as all before it are there, and scores that are there are not computed again: a run that was
+    stopped or killed is continued, and ends with the same scores, by the same call. More architectures may follow
+    those of an earlier run.
+
+    Args:
+        space: the space, or its name.
+        score: the name of a score.
+        genotypes: the architectures.
+        batch: what they are scored on.
+        networks: how they become networks.
+        folder: where ``scores.csv`` is kept, beside ``settings.json``, which says what the scores are of.
+        jobs: processes that score at the same time; with 1 it is this one.
+        threads: CPU threads of torch in each.
+        on_score: called with every row, those of an earlier run included.
+
+    Raises:
+        ValueError: for an unknown name, a network that cannot be scored, or a folder with scores of anything else.
+        ChildProcessError: where a process was killed.
+    """
+    if jobs < 1 or threads < 1:
+        raise ValueError(f"jobs={jobs} and threads={threads} must be at least 1")
+    space = get_space(space) if isinstance(space, str) else space
+    networks = networks or Networks()
+    get_score(score)
+    job = _Job(space, score, networks, batch.images.cpu().numpy(), batch.labels.cpu().numpy(), threads)
+    texts = [g.to_text() for g in genotypes]
+    settings = {"format": _FORMAT, "space": space.name, "score": score, **asdict(networks)}
+    settings |= {"threads": threads, "images": list(batch.images.shape), "batch": _digest(job)}
+    with ScoreLog(folder, settings, texts) as log:
+        rows = list(log.rows)
+        for row in rows:
+            if on_score is not None:
+                on_score(row)
+        work = [(i, genotypes[i]) for i in range(len(rows), len(genotypes))]
+        for row in _serial(job, work) if jobs == 1 else _parallel(job, work, min(jobs, len(work) or 1)):
+            log.append(row)
+            rows.append(row)
+            if on_score is not None:
+                on_score(row)
+    return rows
+
+
+def sample(space: Space, count: int | None, seed: int = 0) -> list[AnyGenotype]:
+    """Returns different random architectures, or all of the space.
+
+    A larger count begins with the architectures of a smaller one of the same seed.
+
+    Args:
+        space: where they are from.
+        count: how many; None for all.
+        seed: of the draws.
+
+    Raises:
+        ValueError: where the space has fewer, or cannot list them.
+    """
+    if count is None:
+        list_all = getattr(space, "all", None)
+        if list_all is None:
+            raise ValueError(f"sample=all: the space {space.name!r} is too large to be listed; give a number")
+        return list(list_all())
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, AnyGenotype] = {}
+    failures = 0
+    while len(chosen) < count:
+        genotype = space.sample(generator)
+        failures = failures + 1 if chosen.setdefault(genotype.to_text(), genotype) is not genotype else 0
+        if failures > _DUPLICATES:
+            raise ValueError(f"sample={count}: the space {space.name!r} has but {len(chosen)} architectures; try all")
+    return list(chosen.values())
+
+
+def compare(rows: Sequence[Scored], table: Table, column: str, *, seed: int = 0) -> tuple[Correlations, list[float]]:
+    """Returns the rank correlations of scores with a column of a table, and the column's value for each row.
+
+    Rows whose score or value is NaN are left out of the correlations.
+
+    Raises:
+        ValueError: where the table lacks the column or an architecture, or fewer than three pairs are left.
+    """
+    table.column(column)
+    values = [table.find(row.architecture)[column] for row in rows]
+    pairs = [(r.score, v) for r, v in zip(rows, values, strict=True) if not (math.isnan(r.score) or math.isnan(v))]
+    if len(pairs) < 3:
+        raise ValueError(
+            f"column={column!r}: {len(pairs)} architectures have a score and a value; 3 or more are needed"
+        )
+    scores, known = zip(*pairs, strict=True)
+    return correlate(scores, known, seed=seed), values
+
+
+class ScoreLog:
+    """The scores in a folder, appended one by one; use it as a context manager.
+
+    Args:
+        folder: the folder; None to keep nothing.
+        settings: what the scores are of; plain values.
+        texts: the architectures, in the order of the rows.
+
+    Raises:
+        ValueError: where the folder has scores under other settings or of other architectures, or a damaged file.
+        OSError: where it cannot be written.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], texts: Sequence[str]
+    ) -> None:
+        self.rows: list[Scored] = []
+        self._file: io.RawIOBase | None = None
+        if folder is None:
+            return
+        path, sidecar = Path(folder) / "scores.csv", Path(folder) / "settings.json"
+        if path.exists() or sidecar.exists():
+            _check_settings(sidecar, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not sidecar.exists():
+            _write_text(sidecar, json.dumps(settings, indent=2) + "\n")
+        self._file = path.open("ab", buffering=0)
+        try:
+            content = path.read_bytes()
+            # What follows the last line's end was being written when a process was killed.
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                self._file.truncate(len(whole))
+            if whole:
+                self.rows = _read_rows(path, whole, texts)
+            else:
+                self._write(_COLUMNS)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ScoreLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, row: Scored) -> None:
+        """Writes a row, in one piece."""
+        self._write((row.index, row.architecture, repr(row.score), f"{row.seconds:.4f}"))
+
+    def _write(self, fields: Sequence[object]) -> None:
+        if self._file is not None:
+            line = io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow(fields)
+            self._file.write(line.getvalue().encode())
+
+
+def _check_settings(sidecar: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        stored = json.loads(sidecar.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{sidecar} is missing beside scores.csv: choose another folder") from None
+    except ValueError as error:
+        raise ValueError(f"{sidecar} is damaged ({error}): choose another folder, or remove this one") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{sidecar} holds no settings: choose another folder, or remove this one")
+    for name in {**stored, **settings}:
+        if stored.get(name) != settings.get(name):
+            raise ValueError(
+                f"{sidecar.parent} has scores with {name}={stored.get(name)}, not {settings.get(name)}: "
+                "choose another folder, or remove this one"
+            )
+
+
+def _read_rows(path: Path, content: bytes, texts: Sequence[str]) -> list[Scored]:
+    try:
+        header, *lines = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        if tuple(header) != _COLUMNS:
+            raise ValueError(f"its first line is {','.join(header)}")
+        rows = [Scored(int(i), text, float(value), float(seconds)) for i, text, value, seconds in lines]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another folder, or remove it") from None
+    rows = rows[: len(texts)]
+    for n, (row, text) in enumerate(zip(rows, texts, strict=False)):
+        if row.index != n or row.architecture != text:
+            raise ValueError(f"{path}: row {n} is of {row.architecture}, not of {text}: choose another folder")
+    return rows
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What a process needs to score architectures; picklable."""
+
+    space: Space
+    score: str
+    networks: Networks
+    images: Any  # numpy, as torch would send tensors through shared memory
+    labels: Any
+    threads: int
+
+
+def _digest(job: _Job) -> str:
+    return hashlib.sha256(job.images.tobytes() + job.labels.tobytes()).hexdigest()
+
+
+class _Scorer:
+    """Scores architectures in this process."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._score = get_score(job.score)
+        self._device = torch.device(job.networks.device)
+        images = torch.from_numpy(job.images).to(self._device, memory_format=torch.channels_last)
+        self._batch = Batch(images, torch.from_numpy(job.labels).to(self._device))
+
+    def __call__(self, index: int, genotype: AnyGenotype) -> Scored:
+        started = time.perf_counter()
+        n = self._job.networks
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(n.seed + index)
+            in_channels = self._batch.images.shape[1]
+            network = self._job.space.network(genotype, n.channels, n.layers, n.classes, in_channels)
+            try:
+                value = float(self._score(network.to(self._device), self._batch))
+            except ValueError as error:
+                raise ValueError(f"architecture {genotype.to_text()}: {error}") from error
+        return Scored(index, genotype.to_text(), value, time.perf_counter() - started)
+
+
+def _serial(job: _Job, work: Sequence[tuple[int, AnyGenotype]]) -> Iterator[Scored]:
+    scorer = _Scorer(job)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
+    try:
+        for index, genotype in work:
+            yield scorer(index, genotype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _parallel(job: _Job, work: Sequence[tuple[int, AnyGenotype]], jobs: int) -> Iterator[Scored]:
+    """Yields the rows in order; a few architectures for each process are under way at any time."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(job,))
+    pending: deque[Future[Scored]] = deque()
+    try:
+        for index, genotype in work:
+            pending.append(pool.submit(_score, index, genotype))
+            if len(pending) > 4 * jobs:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process was killed, perhaps for want of memory: fewer jobs need less; what was scored is kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_scorer: _Scorer | None = None  # of a process of the pool
+
+
+def _start(job: _Job) -> None:
+    """Prepares a process of the pool."""
+    global _scorer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, but the first one decides
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+    torch.set_num_threads(job.threads)
+    _scorer = _Scorer(job)
+
+
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _score(index: int, genotype: AnyGenotype) -> Scored:
+    assert _scorer is not None
+    return _scorer(index, genotype)
