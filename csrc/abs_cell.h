@@ -44,15 +44,17 @@ struct AbsCellArgs {
   constexpr int64_t row() const { return (W + 2) * step(); }
   constexpr int64_t image() const { return (H + 2) * row(); }
   constexpr int64_t pixels() const { return N * H * W; }
+  // Pixel p's window of 3 x 3 pixels in a map begins here; the pixel itself is row() + step() further.
+  constexpr int64_t window(int64_t p) const {
+    return p / (H * W) * image() + p / W % H * row() + p % W * step();
+  }
   constexpr int64_t merged() const { return int64_t{9} * C * C; }  // elements of an edge's kernel
   bool pooled() const {
     for (int o = 0; o < ops_count; ++o)
       if (ops[o] == AbsOp::avg_pool) return true;
     return false;
   }
-  // Whether the merged kernels' gradient is wanted.
   bool kernels_wanted() const {
-    if (grad_weights) return true;
     for (int k = 0; k < edges() * ops_count; ++k)
       if (grad_kernels[k]) return true;
     return false;
@@ -110,9 +112,7 @@ inline int64_t abs_cell_fan_bytes(const AbsCellArgs& a, const AbsFan& f, int64_t
 inline int64_t abs_cell_gradient_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size) {
   return 2 * (a.nodes - 1) * a.pixels() * a.C * size + a.edges() * a.merged() * merged_size;
 }
-inline int64_t abs_cell_finish_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size) {
-  bool kernels = false;
-  for (int k = 0; k < a.edges() * a.ops_count; ++k) kernels |= a.grad_kernels[k] != nullptr;
+inline int64_t abs_cell_finish_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size, bool kernels) {
   return a.edges() * a.merged() * merged_size + (1 + kernels) * abs_cell_kernel_bytes(a, size);
 }
 }  // namespace fastnas

@@ -105,7 +105,8 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   const Block<T> grads(a.N * a.image());
   run.map = grads.get();
   run_fans(run, a.grad, a.nodes - 1, parallel);
-  if (!a.kernels_wanted()) return;
+  const bool kernels = a.kernels_wanted();
+  if (!a.grad_weights && !kernels) return;
 
   const int64_t size = sizeof(T);
   int64_t elements = 0;
@@ -125,7 +126,7 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   const int64_t blocks = run.blocks(a.C);
   const Block<double> partial(a.edges() * blocks * a.ops_count);
   run.partial = partial.get();
-  count("abs_cell_finish", abs_cell_finish_bytes(a, size, size));
+  count("abs_cell_finish", abs_cell_finish_bytes(a, size, size, kernels));
   parallel(a.edges() * blocks,
            [&](int64_t begin, int64_t end) { FASTNAS_CPU_CALL(abs_cell_finish<T>, run, begin, end); });
   if (!a.grad_weights) return;

@@ -161,7 +161,7 @@ def _check(x: Tensor, weights: Tensor, ops: Sequence[str], kernels: Sequence[Ten
 
 def _fake(x: Tensor, weights: Tensor, ops: list[int], kernels: list[Tensor]) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    nodes = _NODES[weights.shape[0]]
+    nodes = _NODES[int(weights.shape[0])]
     y = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty((n, h + 2, w + 2, nodes * c + _PAD))
 
