@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastnas.saliency.batches import BatchSource
-from fastnas.saliency.freedarts import FreeDarts
-from fastnas.spaces import Space, get_space
+from fastnas._files import write_text
+from fastnas.saliency.batches import SOURCES, BatchSource
+from fastnas.saliency.freedarts import PRUNING, FreeDarts
+from fastnas.spaces import SPACES, Space, get_space
 from fastnas.tabular import Table
 from fastnas.tabular.nasbench201 import COLUMNS
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+@dataclass(frozen=True)
+class ScoreOptions:
     """A training-free search, and the seeds that it is repeated with.
 
     Attributes:
@@ -44,9 +43,8 @@ class ScoreConfig:
         batch_size: Images in the batch.
         image_size: Height and width of noise.
         table: A CSV file with the accuracies of architectures (.gz is fine), for what was found.
-        device: Where to run: cpu, cuda ...
+        device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         threads: CPU threads of PyTorch; 0 leaves them to torch.
-        out: Folder for scores.csv, summary.json, scores.png and the genotypes.
     """
 
     space: str = "nb201"
@@ -62,9 +60,21 @@ class ScoreConfig:
     batch_size: int = 64
     image_size: int = 32
     table: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     threads: int = 0
-    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, names in (("space", sorted(SPACES)), ("data", SOURCES), ("pruning", PRUNING)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(names)}")
+        for name in ("channels", "batch_size", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1")
+        for name in ("layers", "draws", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 0")
+        if self.device == "auto":
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -96,29 +106,29 @@ def parse_seeds(text: str) -> list[int]:
 
 
 class SeedRun:
-    """The searches of a configuration; iterate over it.
+    """The searches of a optionsuration; iterate over it.
 
     Raises:
         ValueError, OSError: for options that make no sense, or files that can't be read.
     """
 
-    def __init__(self, config: ScoreConfig) -> None:
-        self.config = config
-        self.seeds = parse_seeds(config.seeds)
-        self.space: Space = get_space(config.space)
-        self._lookup = None if config.table is None else _lookup(self.space.name, config.table)
+    def __init__(self, options: ScoreOptions) -> None:
+        self.options = options
+        self.seeds = parse_seeds(options.seeds)
+        self.space: Space = get_space(options.space)
+        self._lookup = None if options.table is None else _lookup(self.space.name, options.table)
         self._source = BatchSource.open(
-            config.data, config.root, config.batch_size, image_size=config.image_size, classes=10
+            options.data, options.root, options.batch_size, image_size=options.image_size, classes=10
         )
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        sizes = {"channels": config.channels} | ({"layers": config.layers} if config.layers else {})
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        sizes: dict[str, Any] = {"channels": options.channels} | ({"layers": options.layers} if options.layers else {})
         self._search = FreeDarts(
-            *(self.space, [name.strip() for name in config.saliency.split(",")]),
-            scale=config.scale,
-            draws=config.draws,
-            pruning=config.pruning,
-            device=config.device,
+            *(self.space, [name.strip() for name in options.saliency.split(",")]),
+            scale=options.scale,
+            draws=options.draws,
+            pruning=options.pruning,
+            device=options.device,
             num_classes=self._source.classes,
             in_channels=self._source.shape[0],
             **sizes,
@@ -141,10 +151,10 @@ def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
 
 
 def summary(found: Sequence[Found]) -> dict[str, Any]:
-    """Returns mean, standard deviation (n - 1), best and worst of every number, the seconds, and each architecture's
-    count, most frequent first.
+    """Returns the table's numbers over the seeds, the seconds, and how often each architecture was found.
 
-    Standard deviations are NaN for a single seed.
+    Standard deviations have n - 1 in the denominator and are None for a single seed; the most frequent architectures
+    come first.
     """
     columns = {name: [f.numbers[name] for f in found] for name in (found[0].numbers if found else ())}
     genotypes = [_text(f.genotype) for f in found]
@@ -155,7 +165,7 @@ def summary(found: Sequence[Found]) -> dict[str, Any]:
         "numbers": {
             name: {
                 "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(values) > 1 else math.nan,
+                "std": statistics.stdev(values) if len(values) > 1 else None,
                 "best": max(values),
                 "worst": min(values),
             }
@@ -191,10 +201,13 @@ def write(folder: str | os.PathLike[str], run: SeedRun, found: Sequence[Found]) 
     for f in found:
         row = [f.seed, _text(f.genotype), *(f.numbers[n] for n in numbers), f"{f.seconds:.6f}"]
         writer.writerow(row)
-    written = [_replace(path / "scores.csv", buffer.getvalue())]
-    written.append(
-        _replace(path / "summary.json", json.dumps({**asdict(run.config), **summary(found)}, indent=2) + "\n")
-    )
+    files = {
+        "scores.csv": buffer.getvalue(),
+        "summary.json": json.dumps({**asdict(run.options), **summary(found)}, indent=2) + "\n",
+    }
+    for name, text in files.items():
+        write_text(path / name, text)
+    written = [path / name for name in files]
     for f in found:
         file = path / f"genotype-{f.seed}.json"
         f.genotype.save(file)
@@ -208,7 +221,7 @@ def write(folder: str | os.PathLike[str], run: SeedRun, found: Sequence[Found]) 
                 run.space.primitives,
                 [f"{i} ← {j}" for i, j in run.space.edges],
                 path / "scores.png",
-                title=f"{run.config.saliency} on {run.space.name}, mean of {len(found)} seeds",
+                title=f"{run.options.saliency} on {run.space.name}, mean of {len(found)} seeds",
             )
         )
     return written
@@ -216,10 +229,3 @@ def write(folder: str | os.PathLike[str], run: SeedRun, found: Sequence[Found]) 
 
 def _text(genotype: Any) -> str:
     return str(genotype.to_text())
-
-
-def _replace(path: Path, text: str) -> Path:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-    return path

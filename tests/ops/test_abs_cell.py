@@ -156,6 +156,7 @@ def test_reference_is_nasbench201s_cell_without_its_norms():
 
 def test_values_and_gradients_are_those_worked_out_by_hand(target):
     """One channel, two pixels: the pool is the mean of both, a 3x3 kernel meets its middle row alone."""
+
     def leaf(values: Sequence[float], *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=target.device).view(shape).requires_grad_()
 
@@ -407,7 +408,10 @@ def test_raw_ops_check_their_arguments(target):
     x = lay_out(x, "channels_last")
     _, states = ops.abs_cell(x, weights, codes, kernels)
     for call_, message in [
-        (lambda: ops.abs_cell(x.contiguous(), weights, codes, kernels), "x must be 4-d, not empty and in channels_last"),
+        (
+            lambda: ops.abs_cell(x.contiguous(), weights, codes, kernels),
+            "x must be 4-d, not empty and in channels_last",
+        ),
         (lambda: ops.abs_cell(x[:0], weights, codes, kernels), "x must be 4-d, not empty"),
         (lambda: ops.abs_cell(x, weights, [], kernels), "expected 1 to 16 candidates, got 0"),
         (lambda: ops.abs_cell(x, weights, [0, 1, 2, 3, 5], kernels), "no candidate has the code 5"),
@@ -417,7 +421,10 @@ def test_raw_ops_check_their_arguments(target):
         (lambda: ops.abs_cell(x, weights.repeat(36, 1), codes, kernels), "n of 2 to 8, got 36"),
         (lambda: ops.abs_cell(x, weights, codes, kernels[:1]), "fewer kernels than convolutions: 1"),
         (lambda: ops.abs_cell(x, weights, codes, kernels * 2), "more kernels than convolutions: 4"),
-        (lambda: ops.abs_cell(x, weights, codes, kernels[::-1]), r"kernels must be contiguous, of shape \(4, 4, 1, 1\)"),
+        (
+            lambda: ops.abs_cell(x, weights, codes, kernels[::-1]),
+            r"kernels must be contiguous, of shape \(4, 4, 1, 1\)",
+        ),
         (
             lambda: ops._abs_cell_backward(x, states[:1], weights, codes, kernels, True, True, True),
             "states must be what abs_cell returned",
