@@ -91,6 +91,7 @@ def scatter_figure(
     axes.grid(color="#E4E7EB", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", color=FAINT, labelcolor=SLATE, labelsize=7.5, length=2)
+    axes.xaxis.get_offset_text().set(color=SLATE, size=7.5)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set(color=FAINT, linewidth=0.8)

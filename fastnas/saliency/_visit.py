@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from fastnas.saliency._registry import Batch
 from fastnas.saliency._state import preserved
@@ -65,26 +66,40 @@ def hooked(
             handle.remove()
 
 
-def visit_relus(network: nn.Module, images: Tensor, visit: Callable[[Tensor], None]) -> None:
-    """Calls ``visit`` with which units are active, bool (N, units), for every call of a ReLU in one forward.
+def active_units(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Returns which units are active, bool (N, units), for every call of a ReLU in one forward.
 
-    Batch norms use the batch's statistics.
+    Batch norms use the batch's statistics. ReLUs that the logits do not depend on are left out.
 
     Raises:
         ValueError: where the network has no ``nn.ReLU`` or calls none, or as :func:`logits_of`.
     """
-    seen = False
+    found: list[tuple[Node | None, Tensor]] = []
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal seen
         if len(output) != len(images):
             raise ValueError(f"network: a ReLU sees {len(output)} rows for {len(images)} images")
-        seen = True
-        # The order of the units does not matter, and that of channels_last memory saves a copy.
-        active = output > 0
-        visit(active.permute(0, 2, 3, 1).flatten(1) if active.dim() == 4 else active.flatten(1))
+        # The order of the units does not matter, so take that of the memory, which needs no copy.
+        active = output.detach() > 0
+        if active.dim() == 4 and active.is_contiguous(memory_format=torch.channels_last):
+            active = active.permute(0, 2, 3, 1)
+        found.append((output.grad_fn, active.flatten(1)))
 
-    with preserved(network, training=True), hooked(network, nn.ReLU, hook), torch.no_grad():
-        logits_of(network, images)
-    if not seen:
+    with preserved(network, training=True), hooked(network, nn.ReLU, hook), torch.enable_grad():
+        logits = logits_of(network, images.detach().clone().requires_grad_())
+    if not found:
         raise ValueError("network calls none of its nn.ReLU modules, which this score looks at")
+    reached = _graph(logits)
+    return [active for node, active in found if node in reached]
+
+
+def _graph(output: Tensor) -> set[Node]:
+    """Returns the operations that a tensor was computed by."""
+    reached: set[Node] = set()
+    ahead = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in reached:
+            reached.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return reached

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fastnas.saliency._registry import Batch, score
-from fastnas.saliency._visit import check_images, visit_relus
+from fastnas.saliency._visit import active_units, check_images
 
 
 @score("linear_regions")
@@ -17,15 +16,16 @@ def linear_regions(network: nn.Module, batch: Batch) -> Tensor:
 
     Between the boundaries of such patterns a network of ReLUs is linear. The count is at most the number of
     images, and a network of usual width reaches that: take a narrow one (a few channels, one cell a stage), small
-    images and thousands of them, as TE-NAS does. Each call of an ``nn.ReLU`` counts; batch norms use the batch's
-    statistics. Labels are not looked at.
+    images and thousands of them, as TE-NAS does. Each call of an ``nn.ReLU`` that the logits depend on counts;
+    batch norms use the batch's statistics. Labels are not looked at.
 
     Raises:
         ValueError: for an empty batch, a network that calls no ``nn.ReLU``, or logits that are not finite.
     """
     check_images(batch)
-    patterns: list[npt.NDArray[np.uint8]] = []
-    visit_relus(network, batch.images, lambda active: patterns.append(np.packbits(active.cpu().numpy(), axis=1)))
-    rows = np.ascontiguousarray(np.concatenate(patterns, axis=1))
+    units = active_units(network, batch.images)
+    if not units:
+        return torch.ones((), dtype=torch.float64)  # the logits depend on no ReLU: one linear map
+    rows = np.concatenate([np.packbits(active.cpu().numpy(), axis=1) for active in units], axis=1)
     distinct = len(np.unique(rows.view(np.dtype((np.void, rows.shape[1])))))
     return torch.tensor(float(distinct), dtype=torch.float64)
