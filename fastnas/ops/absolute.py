@@ -16,7 +16,12 @@ from fastnas import _library
 from fastnas._library import Backend
 from fastnas.ops import _common
 
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 _WORD = 32  # signs in a word (csrc/absolute.h)
 
 
@@ -245,12 +250,8 @@ def _fake_restore(tensors: list[Tensor], signs: Tensor) -> None:
     return None
 
 
-def _fake_products(
-    thetas: list[Tensor], grads: list[Tensor], groups: list[int], count: int, absolute: bool
-) -> Tensor:
+def _fake_products(thetas: list[Tensor], grads: list[Tensor], groups: list[int], count: int, absolute: bool) -> Tensor:
     return thetas[0].new_empty(count, dtype=torch.float64)
 
 
-_common.register_fakes(
-    {"absolute_": _fake_absolute, "restore_": _fake_restore, "group_products": _fake_products}
-)
+_common.register_fakes({"absolute_": _fake_absolute, "restore_": _fake_restore, "group_products": _fake_products})
