@@ -7,6 +7,7 @@ cost. Nothing here is differentiable: the passes run under ``torch.no_grad``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,12 @@ from fastnas import _library
 from fastnas._library import Backend
 from fastnas.ops import _common
 
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 _WORD = 32  # signs in a word (csrc/absolute.h)
 
 
@@ -90,8 +96,8 @@ def absolute_(tensors: Sequence[Tensor], *, backend: Backend | None = None) -> T
         backend: ``"native"`` or ``"reference"``; default: the current one.
 
     Returns:
-        int32, one bit an element: each tensor begins with a word of its own, its elements in the order of its memory (of
-        its indices where it is copied).
+        int32, one bit an element: each tensor begins with a word of its own, its elements in the order of its memory
+        (of its indices where it is copied).
 
     Raises:
         TypeError, ValueError: naming the tensor that does not fit.
@@ -168,8 +174,8 @@ def group_products(
     _check_tensors("thetas", thetas)
     if len(grads) != len(thetas) or len(groups) != len(thetas):
         raise ValueError(
-            f"thetas, grads and groups have {len(thetas)}, {len(grads)} and {len(groups)} entries: expected one of each "
-            "for every theta (None where there is no gradient)"
+            f"thetas, grads and groups have {len(thetas)}, {len(grads)} and {len(groups)} entries: expected one of "
+            "each for every theta (None where there is no gradient)"
         )
     for i, group in enumerate(groups):
         if not isinstance(group, int) or group < 0:
@@ -219,12 +225,15 @@ def _check_list(tensors: Sequence[Tensor]) -> None:
     for i, t in enumerate(tensors):
         if t.numel() == 0 or t.device.type == "meta":
             continue
-        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-            raise ValueError(f"tensors[{i}] repeats its elements (expanded): pass the tensor that it is made from")
-        extent = 1 + sum((size - 1) * stride for stride, size in zip(t.stride(), t.shape, strict=True))
-        ranges.append((t.data_ptr(), t.data_ptr() + extent * t.element_size(), i))
+        extent = t.numel()
+        if not t.is_contiguous():
+            if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+                raise ValueError(f"tensors[{i}] repeats its elements (expanded): pass the tensor that it is made from")
+            extent = 1 + sum((size - 1) * stride for stride, size in zip(t.stride(), t.shape, strict=True))
+        begin = t.data_ptr()
+        ranges.append((begin, begin + extent * t.element_size(), i))
     ranges.sort()
-    for (_, end, i), (begin, _, j) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, i), (begin, _, j) in itertools.pairwise(ranges):
         if begin < end:
             raise ValueError(f"tensors[{min(i, j)}] and tensors[{max(i, j)}] share memory: list it once")
 
@@ -245,12 +254,8 @@ def _fake_restore(tensors: list[Tensor], signs: Tensor) -> None:
     return None
 
 
-def _fake_products(
-    thetas: list[Tensor], grads: list[Tensor], groups: list[int], count: int, absolute: bool
-) -> Tensor:
+def _fake_products(thetas: list[Tensor], grads: list[Tensor], groups: list[int], count: int, absolute: bool) -> Tensor:
     return thetas[0].new_empty(count, dtype=torch.float64)
 
 
-_common.register_fakes(
-    {"absolute_": _fake_absolute, "restore_": _fake_restore, "group_products": _fake_products}
-)
+_common.register_fakes({"absolute_": _fake_absolute, "restore_": _fake_restore, "group_products": _fake_products})

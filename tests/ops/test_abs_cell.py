@@ -43,9 +43,8 @@ def make(
     edges, c = nodes * (nodes - 1) // 2, shape[1]
     inputs = [torch.rand(shape, generator=random, dtype=torch.float64)]
     inputs.append(torch.randn(edges, len(ops), generator=random, dtype=torch.float64))
-    for op in ops * edges:
-        if op in WIDTHS:
-            inputs.append(torch.randn(c, c, WIDTHS[op], WIDTHS[op], generator=random, dtype=torch.float64) / c)
+    widths = [WIDTHS[op] for op in ops if op in WIDTHS] * edges
+    inputs += [torch.randn(c, c, k, k, generator=random, dtype=torch.float64) / c for k in widths]
     grad = torch.rand(shape, generator=random, dtype=torch.float64)
     return [t.to(device) for t in inputs], grad.to(device)
 
@@ -156,6 +155,7 @@ def test_reference_is_nasbench201s_cell_without_its_norms():
 
 def test_values_and_gradients_are_those_worked_out_by_hand(target):
     """One channel, two pixels: the pool is the mean of both, a 3x3 kernel meets its middle row alone."""
+
     def leaf(values: Sequence[float], *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=target.device).view(shape).requires_grad_()
 
@@ -224,7 +224,7 @@ def test_a_network_of_ones_is_exact(target):
 
 def test_infinity_and_nan_go_on(target):
     for value in (float("inf"), float("nan")):
-        inputs, grad = make((1, 2, 5, 5), 2, ("skip", "conv_3x3"), target.device)
+        inputs, _ = make((1, 2, 5, 5), 2, ("skip", "conv_3x3"), target.device)
         inputs[0][0, 0, 2, 2] = value
         y = call(("skip", "conv_3x3"))(inputs)
         theirs = abs_cell(inputs[0], inputs[1], ("skip", "conv_3x3"), inputs[2:], backend="reference")
@@ -407,7 +407,10 @@ def test_raw_ops_check_their_arguments(target):
     x = lay_out(x, "channels_last")
     _, states = ops.abs_cell(x, weights, codes, kernels)
     for call_, message in [
-        (lambda: ops.abs_cell(x.contiguous(), weights, codes, kernels), "x must be 4-d, not empty and in channels_last"),
+        (
+            lambda: ops.abs_cell(x.contiguous(), weights, codes, kernels),
+            "x must be 4-d, not empty and in channels_last",
+        ),
         (lambda: ops.abs_cell(x[:0], weights, codes, kernels), "x must be 4-d, not empty"),
         (lambda: ops.abs_cell(x, weights, [], kernels), "expected 1 to 16 candidates, got 0"),
         (lambda: ops.abs_cell(x, weights, [0, 1, 2, 3, 5], kernels), "no candidate has the code 5"),
@@ -417,7 +420,10 @@ def test_raw_ops_check_their_arguments(target):
         (lambda: ops.abs_cell(x, weights.repeat(36, 1), codes, kernels), "n of 2 to 8, got 36"),
         (lambda: ops.abs_cell(x, weights, codes, kernels[:1]), "fewer kernels than convolutions: 1"),
         (lambda: ops.abs_cell(x, weights, codes, kernels * 2), "more kernels than convolutions: 4"),
-        (lambda: ops.abs_cell(x, weights, codes, kernels[::-1]), r"kernels must be contiguous, of shape \(4, 4, 1, 1\)"),
+        (
+            lambda: ops.abs_cell(x, weights, codes, kernels[::-1]),
+            r"kernels must be contiguous, of shape \(4, 4, 1, 1\)",
+        ),
         (
             lambda: ops._abs_cell_backward(x, states[:1], weights, codes, kernels, True, True, True),
             "states must be what abs_cell returned",
