@@ -63,7 +63,7 @@ def absolute_reference(tensors: Sequence[Tensor]) -> Tensor:
 def restore_reference(tensors: Sequence[Tensor], signs: Tensor) -> None:
     """Does what :func:`restore_` does to dense tensors, in plain PyTorch."""
     places = torch.arange(_WORD, dtype=torch.int32, device=signs.device)
-    for t, words in zip(tensors, signs.split([_words(t.numel()) for t in tensors]), strict=True):
+    for t, words in zip(tensors, torch.split(signs, [_words(t.numel()) for t in tensors]), strict=True):
         bits, limits = _bits(t), torch.iinfo(_BITS[t.dtype])
         negative = (words.view(-1, 1) >> places & 1).flatten()[: t.numel()].to(torch.bool)
         bits &= limits.max
@@ -180,7 +180,7 @@ def group_products(
     for i, group in enumerate(groups):
         if not isinstance(group, int) or group < 0:
             raise ValueError(f"groups[{i}] is {group!r}: expected a whole number from 0 on")
-    pairs: list[tuple[Tensor, Tensor, int]] = []
+    present: tuple[list[Tensor], list[Tensor], list[int]] = ([], [], [])
     for i, (theta, grad, group) in enumerate(zip(thetas, grads, groups, strict=True)):
         if grad is None:
             continue
@@ -194,13 +194,15 @@ def group_products(
             if mine != first:
                 raise ValueError(f"grads[{i}] has {what} {mine} but thetas[{i}] has {first}: they must agree")
         theta = theta if _is_dense(theta) else theta.contiguous()
-        pairs.append((theta, _common.like(grad, theta), group))
+        present[0].append(theta)
+        present[1].append(_common.like(grad, theta))
+        present[2].append(group)
     count = max(groups, default=-1) + 1
-    if not pairs:
+    if not present[0]:
         return torch.zeros(count, dtype=torch.float64, device=thetas[0].device if thetas else None)
-    ops = _library.namespace(backend, pairs[0][0])
+    ops = _library.namespace(backend, *present[0])
     run = group_products_reference if ops is None else ops.group_products
-    sums: Tensor = run(*map(list, zip(*pairs, strict=True)), count, absolute)
+    sums: Tensor = run(*present, count, absolute)
     return sums
 
 
