@@ -9,11 +9,16 @@ namespace fastnas {
 namespace {
 Float float_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Half: return Float::half;
-    case ScalarType::BFloat16: return Float::bfloat16;
-    case ScalarType::Float: return Float::single;
-    case ScalarType::Double: return Float::twofold;
-    default: STD_TORCH_CHECK(false, op, ": tensors must be float16, bfloat16, float32 or float64");
+    case ScalarType::Half:
+      return Float::half;
+    case ScalarType::BFloat16:
+      return Float::bfloat16;
+    case ScalarType::Float:
+      return Float::single;
+    case ScalarType::Double:
+      return Float::twofold;
+    default:
+      STD_TORCH_CHECK(false, op, ": tensors must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -66,8 +71,7 @@ class Table {
 };
 
 Tensor absolute(const std::vector<Tensor>& tensors) {
-  const char* op = "absolute_";
-  STD_TORCH_CHECK(!tensors.empty(), op, ": tensors must not be empty");
+  const char* op = "absolute_";  // torch finds no kernel for an empty list
   Table table;
   for (const Tensor& t : tensors) table.add(op, t, tensors[0]);
   OnDevice guard(tensors[0]);
@@ -113,8 +117,8 @@ Tensor group_products(const std::vector<Tensor>& thetas, const std::vector<Tenso
   std::vector<int64_t> begin(static_cast<size_t>(count) + 1);
   for (size_t i : order) {
     const Tensor &theta = thetas[i], &grad = grads[i];
-    bool same = theta.dim() == grad.dim() && theta.scalar_type() == grad.scalar_type() &&
-                theta.device() == grad.device();
+    bool same =
+        theta.dim() == grad.dim() && theta.scalar_type() == grad.scalar_type() && theta.device() == grad.device();
     for (int64_t d = 0; same && d < theta.dim(); ++d)
       same = theta.size(d) == grad.size(d) && (theta.size(d) < 2 || theta.stride(d) == grad.stride(d));
     STD_TORCH_CHECK(same, op, ": grads must have the thetas' shapes, strides, dtypes and device");

@@ -1,14 +1,14 @@
 // Passes over a list of tensors, all of them in one launch: absolute values in place with the signs kept, their return,
 // and sums of products by group.
 //
-// Every tensor is cut into pieces by its size alone; a piece finds its tensor in a table. Signs are packed, 32 elements a
-// word, and each tensor begins with a word of its own.
+// Every tensor is cut into pieces by its size alone; a piece finds its tensor in a table. Signs are packed, 32 elements
+// a word, and each tensor begins with a word of its own.
 #pragma once
 #include "types.h"
 
 namespace fastnas {
-constexpr int64_t kWord = 32;           // elements
-constexpr int64_t kPieceWords = 256;    // of a piece; a piece of a tensor begins with a word
+constexpr int64_t kWord = 32;         // elements
+constexpr int64_t kPieceWords = 256;  // of a piece; a piece of a tensor begins with a word
 constexpr int64_t kPiece = kPieceWords * kWord;
 
 enum class Float : int { half, bfloat16, single, twofold };
@@ -29,8 +29,8 @@ struct Listed {
 struct AbsoluteArgs {
   const Listed* table = nullptr;  // ordered by piece; those without elements are not in it. On the device
   int64_t count = 0, pieces = 0;
-  int64_t bytes = 0;               // that must move
-  uint32_t* signs = nullptr;       // absolute: written; restore: read
+  int64_t bytes = 0;                // that must move
+  uint32_t* signs = nullptr;        // absolute: written; restore: read
   const int64_t* groups = nullptr;  // (groups_count + 1): each group's first piece, and the end. On the device
   int64_t groups_count = 0;
   bool absolute = false;      // sum |theta * g|

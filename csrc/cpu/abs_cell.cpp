@@ -9,18 +9,18 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                                                   \
-  namespace ISA {                                                                              \
-  template <class T>                                                                           \
-  void abs_cell_merge(const AbsRun<T>&, T*, int64_t, int64_t);                                 \
-  template <class T>                                                                           \
-  void abs_cell_load(const AbsRun<T>&, const T*, int, int64_t, int64_t);                       \
-  template <class T>                                                                           \
-  void abs_cell_fan(const AbsRun<T>&, int, T*, int64_t, int64_t);                              \
-  template <class T>                                                                           \
-  void abs_cell_gradient(AbsRun<T>&, int64_t, T*, int64_t, int64_t);                           \
-  template <class T>                                                                           \
-  void abs_cell_finish(const AbsRun<T>&, int64_t, int64_t);                                    \
+#define FASTNAS_DECLARE(ISA)                                             \
+  namespace ISA {                                                        \
+  template <class T>                                                     \
+  void abs_cell_merge(const AbsRun<T>&, T*, int64_t, int64_t);           \
+  template <class T>                                                     \
+  void abs_cell_load(const AbsRun<T>&, const T*, int, int64_t, int64_t); \
+  template <class T>                                                     \
+  void abs_cell_fan(const AbsRun<T>&, int, T*, int64_t, int64_t);        \
+  template <class T>                                                     \
+  void abs_cell_gradient(AbsRun<T>&, int64_t, T*, int64_t, int64_t);     \
+  template <class T>                                                     \
+  void abs_cell_finish(const AbsRun<T>&, int64_t, int64_t);              \
   }
 FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)
@@ -138,8 +138,8 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                   \
-  template void abs_cell<T>(const AbsCellArgs&, Parallel);       \
+#define FASTNAS_INSTANTIATE(T)                             \
+  template void abs_cell<T>(const AbsCellArgs&, Parallel); \
   template void abs_cell_backward<T>(const AbsCellArgs&, Parallel);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -5,11 +5,11 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                            \
-  namespace ISA {                                                       \
-  void absolute_pieces(const AbsoluteArgs&, int64_t, int64_t);          \
-  void restore_pieces(const AbsoluteArgs&, int64_t, int64_t);           \
-  void group_products_pieces(const AbsoluteArgs&, int64_t, int64_t);    \
+#define FASTNAS_DECLARE(ISA)                                         \
+  namespace ISA {                                                    \
+  void absolute_pieces(const AbsoluteArgs&, int64_t, int64_t);       \
+  void restore_pieces(const AbsoluteArgs&, int64_t, int64_t);        \
+  void group_products_pieces(const AbsoluteArgs&, int64_t, int64_t); \
   }
 FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)

@@ -150,8 +150,8 @@ __device__ inline void product(Tile<A>& tile, int64_t begin, int64_t end, Fill f
   }
 }
 
-// What pools of weight 1 add to channel `channel` of the map at pixel p beyond 1/9 a tap; backward, what they add to the
-// gradient there.
+// What pools of weight 1 add to channel `channel` of the map at pixel p beyond 1/9 a tap; backward, what they add to
+// the gradient there.
 template <class T>
 __device__ inline compute_t<T> border(const AbsCellArgs& a, const T* map, int64_t p, int64_t channel, bool backward) {
   using A = compute_t<T>;
@@ -264,8 +264,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= elements) return;
   double sum = 0;
-  for (int64_t k = 0; k < s.chunks; ++k)
-    sum += static_cast<double>(static_cast<const A*>(s.partial)[k * elements + i]);
+  for (int64_t k = 0; k < s.chunks; ++k) sum += static_cast<double>(static_cast<const A*>(s.partial)[k * elements + i]);
   static_cast<A*>(s.gradient)[i] = static_cast<A>(sum);
 }
 
@@ -383,7 +382,8 @@ void abs_cell_backward(const AbsCellArgs& a, Stream stream) {
   if (!a.grad_weights && !kernels) return;
   const int64_t elements = a.edges() * a.merged(), size = sizeof(A), tiles = ceil_div(a.C, kTile);
   launch("abs_cell_gradient", abs_cell_gradient_bytes(a, sizeof(T), s.chunks * size), abs_cell_gradient_kernel<T>,
-         dim3(s.chunks, tiles * 9 * ceil_div((a.nodes - 1) * a.C, kTile), a.nodes - 1), dim3(kTileThreads), stream, a, s);
+         dim3(s.chunks, tiles * 9 * ceil_div((a.nodes - 1) * a.C, kTile), a.nodes - 1), dim3(kTileThreads), stream, a,
+         s);
   launch("abs_cell_sum", (s.chunks + 1) * elements * size, abs_cell_sum_kernel<A>, dim3(ceil_div(elements, kThreads)),
          dim3(kThreads), stream, s, elements);
   if (a.grad_weights)
@@ -394,9 +394,9 @@ void abs_cell_backward(const AbsCellArgs& a, Stream stream) {
            dim3(ceil_div(a.merged(), kThreads), a.edges() * a.ops_count), dim3(kThreads), stream, a, s);
 }
 
-#define FASTNAS_INSTANTIATE(T)                                            \
-  template int64_t abs_cell_workspace<T>(const AbsCellArgs&, bool);       \
-  template void abs_cell<T>(const AbsCellArgs&, Stream);                  \
+#define FASTNAS_INSTANTIATE(T)                                      \
+  template int64_t abs_cell_workspace<T>(const AbsCellArgs&, bool); \
+  template void abs_cell<T>(const AbsCellArgs&, Stream);            \
   template void abs_cell_backward<T>(const AbsCellArgs&, Stream);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

@@ -5,10 +5,11 @@
 namespace fastnas::cuda {
 namespace {
 constexpr int kThreads = 256;  // 8 warps; a warp takes a word at a time
+constexpr int kBlocks = 4;     // of a processor, at least: more would not leave the registers
 
 // One piece a block: absolute values and their signs, or the signs' return.
 template <bool Restore>
-__global__ void __launch_bounds__(kThreads) signs_kernel(const __grid_constant__ AbsoluteArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) signs_kernel(const __grid_constant__ AbsoluteArgs a) {
   const Listed& t = a.of_piece(blockIdx.x);
   const int64_t begin = (blockIdx.x - t.piece) * kPieceWords;
   const int64_t end = begin + kPieceWords < t.words() ? begin + kPieceWords : t.words();

@@ -7,6 +7,7 @@ cost. Nothing here is differentiable: the passes run under ``torch.no_grad``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,7 @@ def absolute_reference(tensors: Sequence[Tensor]) -> Tensor:
 def restore_reference(tensors: Sequence[Tensor], signs: Tensor) -> None:
     """Does what :func:`restore_` does to dense tensors, in plain PyTorch."""
     places = torch.arange(_WORD, dtype=torch.int32, device=signs.device)
-    for t, words in zip(tensors, signs.split([_words(t.numel()) for t in tensors]), strict=True):
+    for t, words in zip(tensors, torch.split(signs, [_words(t.numel()) for t in tensors]), strict=True):
         bits, limits = _bits(t), torch.iinfo(_BITS[t.dtype])
         negative = (words.view(-1, 1) >> places & 1).flatten()[: t.numel()].to(torch.bool)
         bits &= limits.max
@@ -95,8 +96,8 @@ def absolute_(tensors: Sequence[Tensor], *, backend: Backend | None = None) -> T
         backend: ``"native"`` or ``"reference"``; default: the current one.
 
     Returns:
-        int32, one bit an element: each tensor begins with a word of its own, its elements in the order of its memory (of
-        its indices where it is copied).
+        int32, one bit an element: each tensor begins with a word of its own, its elements in the order of its memory
+        (of its indices where it is copied).
 
     Raises:
         TypeError, ValueError: naming the tensor that does not fit.
@@ -173,13 +174,13 @@ def group_products(
     _check_tensors("thetas", thetas)
     if len(grads) != len(thetas) or len(groups) != len(thetas):
         raise ValueError(
-            f"thetas, grads and groups have {len(thetas)}, {len(grads)} and {len(groups)} entries: expected one of each "
-            "for every theta (None where there is no gradient)"
+            f"thetas, grads and groups have {len(thetas)}, {len(grads)} and {len(groups)} entries: expected one of "
+            "each for every theta (None where there is no gradient)"
         )
     for i, group in enumerate(groups):
         if not isinstance(group, int) or group < 0:
             raise ValueError(f"groups[{i}] is {group!r}: expected a whole number from 0 on")
-    pairs: list[tuple[Tensor, Tensor, int]] = []
+    present: tuple[list[Tensor], list[Tensor], list[int]] = ([], [], [])
     for i, (theta, grad, group) in enumerate(zip(thetas, grads, groups, strict=True)):
         if grad is None:
             continue
@@ -193,13 +194,15 @@ def group_products(
             if mine != first:
                 raise ValueError(f"grads[{i}] has {what} {mine} but thetas[{i}] has {first}: they must agree")
         theta = theta if _is_dense(theta) else theta.contiguous()
-        pairs.append((theta, _common.like(grad, theta), group))
+        present[0].append(theta)
+        present[1].append(_common.like(grad, theta))
+        present[2].append(group)
     count = max(groups, default=-1) + 1
-    if not pairs:
+    if not present[0]:
         return torch.zeros(count, dtype=torch.float64, device=thetas[0].device if thetas else None)
-    ops = _library.namespace(backend, pairs[0][0])
+    ops = _library.namespace(backend, *present[0])
     run = group_products_reference if ops is None else ops.group_products
-    sums: Tensor = run(*map(list, zip(*pairs, strict=True)), count, absolute)
+    sums: Tensor = run(*present, count, absolute)
     return sums
 
 
@@ -224,12 +227,15 @@ def _check_list(tensors: Sequence[Tensor]) -> None:
     for i, t in enumerate(tensors):
         if t.numel() == 0 or t.device.type == "meta":
             continue
-        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-            raise ValueError(f"tensors[{i}] repeats its elements (expanded): pass the tensor that it is made from")
-        extent = 1 + sum((size - 1) * stride for stride, size in zip(t.stride(), t.shape, strict=True))
-        ranges.append((t.data_ptr(), t.data_ptr() + extent * t.element_size(), i))
+        extent = t.numel()
+        if not t.is_contiguous():
+            if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+                raise ValueError(f"tensors[{i}] repeats its elements (expanded): pass the tensor that it is made from")
+            extent = 1 + sum((size - 1) * stride for stride, size in zip(t.stride(), t.shape, strict=True))
+        begin = t.data_ptr()
+        ranges.append((begin, begin + extent * t.element_size(), i))
     ranges.sort()
-    for (_, end, i), (begin, _, j) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, i), (begin, _, j) in itertools.pairwise(ranges):
         if begin < end:
             raise ValueError(f"tensors[{min(i, j)}] and tensors[{max(i, j)}] share memory: list it once")
 

@@ -43,9 +43,8 @@ def make(
     edges, c = nodes * (nodes - 1) // 2, shape[1]
     inputs = [torch.rand(shape, generator=random, dtype=torch.float64)]
     inputs.append(torch.randn(edges, len(ops), generator=random, dtype=torch.float64))
-    for op in ops * edges:
-        if op in WIDTHS:
-            inputs.append(torch.randn(c, c, WIDTHS[op], WIDTHS[op], generator=random, dtype=torch.float64) / c)
+    widths = [WIDTHS[op] for op in ops if op in WIDTHS] * edges
+    inputs += [torch.randn(c, c, k, k, generator=random, dtype=torch.float64) / c for k in widths]
     grad = torch.rand(shape, generator=random, dtype=torch.float64)
     return [t.to(device) for t in inputs], grad.to(device)
 
@@ -225,7 +224,7 @@ def test_a_network_of_ones_is_exact(target):
 
 def test_infinity_and_nan_go_on(target):
     for value in (float("inf"), float("nan")):
-        inputs, grad = make((1, 2, 5, 5), 2, ("skip", "conv_3x3"), target.device)
+        inputs, _ = make((1, 2, 5, 5), 2, ("skip", "conv_3x3"), target.device)
         inputs[0][0, 0, 2, 2] = value
         y = call(("skip", "conv_3x3"))(inputs)
         theirs = abs_cell(inputs[0], inputs[1], ("skip", "conv_3x3"), inputs[2:], backend="reference")
