@@ -10,8 +10,8 @@ AbsCellArgs arguments(const char* op, const Tensor& map, const Tensor& weights, 
   AbsCellArgs a;
   a.N = map.size(0), a.C = map.size(1), a.H = map.size(2), a.W = map.size(3);
   a.ops_count = static_cast<int>(ops.size());
-  STD_TORCH_CHECK(a.ops_count >= 1 && a.ops_count <= kMaxAbsOps, op, ": expected 1 to ", kMaxAbsOps, " candidates, got ",
-                  ops.size());
+  STD_TORCH_CHECK(a.ops_count >= 1 && a.ops_count <= kMaxAbsOps, op, ": expected 1 to ", kMaxAbsOps,
+                  " candidates, got ", ops.size());
   for (int o = 0; o < a.ops_count; ++o) {
     STD_TORCH_CHECK(ops[o] >= 0 && ops[o] < kAbsOps, op, ": no candidate has the code ", ops[o]);
     a.ops[o] = static_cast<AbsOp>(ops[o]);
@@ -21,8 +21,8 @@ AbsCellArgs arguments(const char* op, const Tensor& map, const Tensor& weights, 
                   op, ": weights must be contiguous, of shape (edges, ", a.ops_count,
                   "), float32 (float64 for float64 maps), on the maps' device");
   while (a.nodes < kMaxAbsNodes && a.edges() < weights.size(0)) ++a.nodes;
-  STD_TORCH_CHECK(a.nodes >= 2 && a.edges() == weights.size(0), op, ": weights must have n (n - 1) / 2 rows, n of 2 to ",
-                  kMaxAbsNodes, ", got ", weights.size(0));
+  STD_TORCH_CHECK(a.nodes >= 2 && a.edges() == weights.size(0), op,
+                  ": weights must have n (n - 1) / 2 rows, n of 2 to ", kMaxAbsNodes, ", got ", weights.size(0));
   a.weights = weights.const_data_ptr();
   size_t given = 0;
   for (int k = 0; k < a.edges() * a.ops_count; ++k) {
@@ -89,15 +89,16 @@ std::tuple<Tensor, Tensor> abs_cell(const Tensor& x, const Tensor& weights, cons
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> abs_cell_backward(const Tensor& grad, const Tensor& states,
-                                                                  const Tensor& weights, const std::vector<int64_t>& ops,
+                                                                  const Tensor& weights,
+                                                                  const std::vector<int64_t>& ops,
                                                                   const std::vector<Tensor>& kernels, bool need_x,
                                                                   bool need_weights, bool need_kernels) {
   constexpr const char* op = "_abs_cell_backward";
   STD_TORCH_CHECK(is_channels_last(grad) && grad.numel() > 0, op,
                   ": grad must be 4-d, not empty and in channels_last memory");
   AbsCellArgs a = arguments(op, grad, weights, ops, kernels);
-  STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == a.N && states.size(1) == a.H + 2 && states.size(2) == a.W + 2 &&
-                      states.size(3) == a.step() && states.is_contiguous() &&
+  STD_TORCH_CHECK(states.dim() == 4 && states.size(0) == a.N && states.size(1) == a.H + 2 &&
+                      states.size(2) == a.W + 2 && states.size(3) == a.step() && states.is_contiguous() &&
                       states.scalar_type() == grad.scalar_type() && states.device() == grad.device(),
                   op, ": states must be what abs_cell returned for this grad's shape, dtype and device");
   OnDevice guard(grad);

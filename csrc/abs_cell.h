@@ -1,10 +1,12 @@
 // abs_cell: a cell of densely connected nodes as a linear map of its input, all weights by their absolute value:
-// node j = sum over i < j and o of |w[edge, o]| * |candidate_o| (node i), edges in the order (1, 0), (2, 0), (2, 1), ...
+// node j = sum over i < j and o of |w[edge, o]| * |candidate_o| (node i), edges in the order (1, 0), (2, 0), (2, 1),
+// ...
 //
-// An edge's convolutions, identity and pool are one 3x3 kernel M = sum_o |w_o| |W_o|, where a pool is 1/9 on the diagonal of
-// every tap; at the border it divides by fewer taps, and the difference is added there. All nodes lie side by side in
-// the pixels of one map with a ring of zeros, so that a *fan*, the product of one node with the kernels of all edges
-// that leave it, writes neighbouring channels. Backward, a fan takes the gradient of one node to all nodes before it.
+// An edge's convolutions, identity and pool are one 3x3 kernel M = sum_o |w_o| |W_o|, where a pool is 1/9 on the
+// diagonal of every tap; at the border it divides by fewer taps, and the difference is added there. All nodes lie side
+// by side in the pixels of one map with a ring of zeros, so that a *fan*, the product of one node with the kernels of
+// all edges that leave it, writes neighbouring channels. Backward, a fan takes the gradient of one node to all nodes
+// before it.
 #pragma once
 #include "types.h"
 
@@ -12,7 +14,8 @@ namespace fastnas {
 constexpr int kMaxAbsNodes = 8;
 constexpr int kMaxAbsEdges = kMaxAbsNodes * (kMaxAbsNodes - 1) / 2;
 constexpr int kMaxAbsOps = 16;
-constexpr int kAbsPad = 16;  // elements at the end of a pixel: pixels of a power of two of channels would share few sets
+constexpr int kAbsPad =
+    16;  // elements at the end of a pixel: pixels of a power of two of channels would share few sets
 
 enum class AbsOp : int { none, skip, conv1x1, conv3x3, avg_pool };
 constexpr int kAbsOps = 5;
@@ -26,17 +29,17 @@ struct AbsFan {
 struct AbsCellArgs {
   int64_t N = 0, C = 0, H = 0, W = 0;
   int nodes = 0, ops_count = 0;
-  AbsOp ops[kMaxAbsOps] = {};                             // the candidates of every edge
-  const void* weights = nullptr;                          // A (edges, ops), A = compute_t<T>
-  const void* kernels[kMaxAbsEdges * kMaxAbsOps] = {};    // T (C, C, k, k) where the candidate is a convolution
-  void* states = nullptr;                                 // T (N, H + 2, W + 2, step): every node
-  const void* x = nullptr;                                // T (N, H, W, C)                   forward
-  void* y = nullptr;                                      // T (N, H, W, C)                   forward
-  const void* grad = nullptr;                             // T (N, H, W, C)                   backward
-  void* grad_x = nullptr;                                 // T (N, H, W, C); null: not wanted
-  void* grad_weights = nullptr;                           // A (edges, ops); null: not wanted
-  void* grad_kernels[kMaxAbsEdges * kMaxAbsOps] = {};     // as kernels; null: not wanted
-  void* workspace = nullptr;                              // abs_cell_workspace bytes, on the device
+  AbsOp ops[kMaxAbsOps] = {};                           // the candidates of every edge
+  const void* weights = nullptr;                        // A (edges, ops), A = compute_t<T>
+  const void* kernels[kMaxAbsEdges * kMaxAbsOps] = {};  // T (C, C, k, k) where the candidate is a convolution
+  void* states = nullptr;                               // T (N, H + 2, W + 2, step): every node
+  const void* x = nullptr;                              // T (N, H, W, C)                   forward
+  void* y = nullptr;                                    // T (N, H, W, C)                   forward
+  const void* grad = nullptr;                           // T (N, H, W, C)                   backward
+  void* grad_x = nullptr;                               // T (N, H, W, C); null: not wanted
+  void* grad_weights = nullptr;                         // A (edges, ops); null: not wanted
+  void* grad_kernels[kMaxAbsEdges * kMaxAbsOps] = {};   // as kernels; null: not wanted
+  void* workspace = nullptr;                            // abs_cell_workspace bytes, on the device
 
   constexpr int edges() const { return nodes * (nodes - 1) / 2; }
   static constexpr int edge(int node, int input) { return node * (node - 1) / 2 + input; }
@@ -44,15 +47,15 @@ struct AbsCellArgs {
   constexpr int64_t row() const { return (W + 2) * step(); }
   constexpr int64_t image() const { return (H + 2) * row(); }
   constexpr int64_t pixels() const { return N * H * W; }
+  // Pixel p's window of 3 x 3 pixels in a map begins here; the pixel itself is row() + step() further.
+  constexpr int64_t window(int64_t p) const { return p / (H * W) * image() + p / W % H * row() + p % W * step(); }
   constexpr int64_t merged() const { return int64_t{9} * C * C; }  // elements of an edge's kernel
   bool pooled() const {
     for (int o = 0; o < ops_count; ++o)
       if (ops[o] == AbsOp::avg_pool) return true;
     return false;
   }
-  // Whether the merged kernels' gradient is wanted.
   bool kernels_wanted() const {
-    if (grad_weights) return true;
     for (int k = 0; k < edges() * ops_count; ++k)
       if (grad_kernels[k]) return true;
     return false;
@@ -110,9 +113,7 @@ inline int64_t abs_cell_fan_bytes(const AbsCellArgs& a, const AbsFan& f, int64_t
 inline int64_t abs_cell_gradient_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size) {
   return 2 * (a.nodes - 1) * a.pixels() * a.C * size + a.edges() * a.merged() * merged_size;
 }
-inline int64_t abs_cell_finish_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size) {
-  bool kernels = false;
-  for (int k = 0; k < a.edges() * a.ops_count; ++k) kernels |= a.grad_kernels[k] != nullptr;
+inline int64_t abs_cell_finish_bytes(const AbsCellArgs& a, int64_t size, int64_t merged_size, bool kernels) {
   return a.edges() * a.merged() * merged_size + (1 + kernels) * abs_cell_kernel_bytes(a, size);
 }
 }  // namespace fastnas

@@ -25,16 +25,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import fastnas
 from fastnas import _C
+from fastnas._files import write_text
 from fastnas._library import current_backend
 from fastnas.data import DATASETS
 from fastnas.genotype import load_genotype
 from fastnas.relaxations import RELAXATIONS
-from fastnas.saliency import SCORES
+from fastnas.saliency import SALIENCIES, SCORES
 from fastnas.saliency.batches import SOURCES, BatchSource
+from fastnas.saliency.freedarts import PRUNING
 from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, sample
+from fastnas.saliency.seeds import Found, ScoreOptions, SeedRun, summary, write
 from fastnas.saliency.statistics import Correlations, Estimate
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
-from fastnas.search.checkpoint import write_atomic
 from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
 from fastnas.search.loop import peak_memory
 from fastnas.search.run import RunFolder
@@ -56,38 +58,50 @@ class _HelpFormatter(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        ranks = self._prog.endswith(" rank")
-        choices = _RANK_CHOICES if ranks else _CHOICES
-        if action.dest in choices:
-            text += f" One of: {', '.join(choices[action.dest])}."
-        if ranks:
-            known = action.dest in _RANK_ANNOTATIONS and action.default is not None
-            return text + (f" (default: {_show(action.default)})" if known else "")
-        return text + _default(action)
+        command = self._prog.split()[-1]
+        choices = _CHOICES.get(command, {}).get(action.dest)
+        if choices:
+            text += f" One of: {', '.join(choices)}."
+        if command == "search":
+            return text + _default(action)
+        known = action.dest in _ANNOTATIONS.get(command, {}) and action.default is not None
+        return text + (f" (default: {_show(action.default)})" if known else "")
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        annotation = _ANNOTATIONS.get(action.dest, _RANK_ANNOTATIONS.get(action.dest, ""))
+        annotation = _ANNOTATIONS.get(self._prog.split()[-1], {}).get(action.dest, "")
         return _METAVARS.get(annotation, super()._get_default_metavar_for_optional(action))
 
 
-_ANNOTATIONS = {field.name: str(field.type) for field in dataclasses.fields(SearchConfig)}
-_RANK_ANNOTATIONS = {field.name: str(field.type) for field in dataclasses.fields(RankOptions)}
-_METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
-_WORDS = {"int": "a whole number", "bool": "true or false"}
-_CHOICES = {
-    "space": sorted(SPACES),
-    "method": sorted(METHODS),
-    "relaxation": sorted(RELAXATIONS),
-    "data": list(DATASETS),
-    "amp": list(AMP),
+_OPTIONS = {"search": SearchConfig, "rank": RankOptions, "score": ScoreOptions}
+_ANNOTATIONS = {
+    command: {field.name: str(field.type) for field in dataclasses.fields(options)}
+    for command, options in _OPTIONS.items()
 }
-_RANK_CHOICES = {"space": sorted(SPACES), "score": sorted(SCORES), "data": list(SOURCES)}
+_METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_CHOICES = {
+    "search": {
+        "space": sorted(SPACES),
+        "method": sorted(METHODS),
+        "relaxation": sorted(RELAXATIONS),
+        "data": list(DATASETS),
+        "amp": list(AMP),
+    },
+    "rank": {"space": sorted(SPACES), "score": sorted(SCORES), "data": list(SOURCES)},
+    "score": {
+        "space": sorted(SPACES),
+        "saliency": sorted(SALIENCIES),
+        "pruning": list(PRUNING),
+        "data": list(SOURCES),
+    },
+}
 
 
 def _default(action: argparse.Action) -> str:
-    if action.dest not in _ANNOTATIONS:
+    annotations = _ANNOTATIONS["search"]
+    if action.dest not in annotations:
         return ""
-    if action.default is not PRESET or "None" in _ANNOTATIONS[action.dest]:
+    if action.default is not PRESET or "None" in annotations[action.dest]:
         return "" if action.default is None else f" (default: {action.default})"
     presets = {data: get_method("darts").preset(data)[action.dest] for data in ("digits", "cifar10")}
     if presets["digits"] == presets["cifar10"]:
@@ -103,12 +117,15 @@ class _Parser(ArgumentParser):
     """Reports a bad command line as an exception, and in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        key = re.search(r'key "(?:search\.|rank\.)?(\w+)"', message)
+        found = re.search(r'key "(?:(\w+)\.)?(\w+)"', message)
         value = re.search(r"(?:Given|Got) value: (.*)", message)
-        if key and value and key[1] in _ANNOTATIONS:
-            message = f"{key[1]}={value[1]}: expected {describe_type(key[1])}"
-        elif key and value and _RANK_ANNOTATIONS.get(key[1]) in _WORDS:
-            message = f"{key[1]}={value[1]}: expected {_WORDS[_RANK_ANNOTATIONS[key[1]]]}"
+        if found and value:
+            command, key = found[1] or self.prog.split()[-1], found[2]
+            annotation = _ANNOTATIONS.get(command, {}).get(key)
+            if command == "search" and annotation is not None:
+                message = f"{key}={value[1]}: expected {describe_type(key)}"
+            elif annotation in _WORDS:
+                message = f"{key}={value[1]}: expected {_WORDS[annotation]}"
         # argparse calls a subcommand "fastnas COMMAND ... search".
         command = "" if self.prog == "fastnas" else f" {self.prog.split()[-1]}"
         raise UsageError(f"{' '.join(message.split())} (see fastnas{command} --help)") from ex
@@ -169,6 +186,17 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     ranking.add_class_arguments(RankOptions)
     commands.add_subcommand("rank", ranking, help="score architectures without training, against a table")
 
+    scoring = _Parser(
+        prog="fastnas score",
+        usage="fastnas score [options]",
+        description="Searches without training: draws weights and alphas, scores every candidate and keeps the best "
+        "(FreeDARTS), for one seed after another. The folder gets scores.csv, summary.json, scores.png and the "
+        "genotype of every seed.",
+    )
+    scoring.add_argument("--out", metavar="FOLDER", help="The folder. (default: runs/score-<space>-<saliency>)")
+    scoring.add_class_arguments(ScoreOptions)
+    commands.add_subcommand("score", scoring, help="search without training, by a saliency")
+
     info = _Parser(prog="fastnas info", usage="fastnas info", description="Prints versions and how fastnas was built.")
     commands.add_subcommand("info", info, help="versions, compiler, instruction sets, backends")
 
@@ -204,12 +232,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _search(options.search, arguments)
         if options.subcommand == "rank":
             return _rank(options.rank)
+        if options.subcommand == "score":
+            return _score(options.score)
         if options.subcommand == "genotype":
             return _genotype(options.genotype)
         return _info()
     except KeyboardInterrupt:
         print("fastnas: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except _Interrupted as stop:
+        print("fastnas: interrupted", file=sys.stderr)
+        return 128 + stop.number
     except torch.OutOfMemoryError as error:
         if traceback:
             raise
@@ -289,7 +322,7 @@ def _search(options: Namespace, arguments: Sequence[str]) -> int:
 
 
 def _config(options: Namespace) -> SearchConfig:
-    return SearchConfig.from_dict({name: options[name] for name in _ANNOTATIONS})
+    return SearchConfig.from_dict({name: options[name] for name in _ANNOTATIONS["search"]})
 
 
 def _run(search: Search, folder: RunFolder) -> int:
@@ -348,7 +381,7 @@ def _row(r: EpochRecord) -> str:
 
 
 def _rank(namespace: Namespace) -> int:
-    options = RankOptions(**{name: namespace[name] for name in _RANK_ANNOTATIONS})
+    options = RankOptions(**{name: namespace[name] for name in _ANNOTATIONS["rank"]})
     folder = Path(namespace.out or f"runs/rank-{options.space}-{options.score}-{options.data}-seed{options.seed}")
     table = None if options.table is None else Table.load(options.table, options.key)
     if table is not None:
@@ -364,16 +397,7 @@ def _rank(namespace: Namespace) -> int:
     genotypes = sample(space, None if options.sample == "all" else int(options.sample), options.seed)
     networks = Networks(options.channels, options.layers, source.classes, options.seed, options.device)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    progress = Progress(
-        TextColumn(options.score),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-        expand=True,
-    )
+    progress = _progress(console, options.score)
     task = progress.add_task("rank", total=len(genotypes))
     done = 0
 
@@ -415,6 +439,53 @@ def _rank(namespace: Namespace) -> int:
     return 0
 
 
+def _score(namespace: Namespace) -> int:
+    options = ScoreOptions(**{name: namespace[name] for name in _ANNOTATIONS["score"]})
+    folder = Path(namespace.out or f"runs/score-{options.space}-{options.saliency.replace(',', '-')}")
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    run = SeedRun(options)
+    console.print(f"{options.saliency} on the {options.space} space, {len(run.seeds)} seeds")
+    found: list[Found] = []
+    with _progress(console, options.saliency) as progress, _interruptible():
+        task = progress.add_task("score", total=len(run.seeds))
+        for one in run:
+            found.append(one)
+            progress.update(task, completed=len(found))
+    _show_found(console, found)
+    write(folder, run, found)
+    console.print(f"in {folder}: scores.csv, summary.json, scores.png, genotype-<seed>.json")
+    return 0
+
+
+def _show_found(console: Console, found: list[Found]) -> None:
+    result = summary(found)
+    numbers = result["numbers"]
+    if numbers:
+        console.print(f"[dim]{'':18}{'mean':>9}  {'std':>7}  {'best':>8}  {'worst':>8}[/]")
+    for name, value in numbers.items():
+        std = "-" if value["std"] is None else f"{value['std']:.2f}"
+        console.print(f"{name:18}{value['mean']:9.2f}  {std:>7}  {value['best']:8.2f}  {value['worst']:8.2f}")
+    console.print(f"[dim]{'times':>5}  of {len(result['genotypes']):,} different architectures, the most frequent[/]")
+    for genotype, count in list(result["genotypes"].items())[:_BEST]:
+        console.print(f"{count:5}  {genotype}", markup=False)
+    seconds = result["seconds"]
+    console.print(f"{seconds['median']:.3f} s a search (the first: {seconds['first']:.3f} s)")
+
+
+def _progress(console: Console, title: str) -> Progress:
+    """Returns a progress bar, which is nothing at all where the output is no terminal."""
+    return Progress(
+        TextColumn(title),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        expand=True,
+    )
+
+
 _BEST = 5  # architectures that are shown
 
 
@@ -448,8 +519,7 @@ def _write_comparison(
         "architectures": len(rows),
         **dataclasses.asdict(correlations),
     }
-    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
-    write_atomic(folder / "correlations.json", lambda file: file.write(text.encode()))
+    write_text(folder / "correlations.json", json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
     plot_scatter(
         [row.score for row in rows],
         values,

@@ -26,7 +26,7 @@ LAYERS = [
     {"_library"},
     {"_C"},
 ]
-LEAVES = {"genotype", "relaxations", "data"}  # import nothing of fastnas; every room may import them
+LEAVES = {"_files", "genotype", "relaxations", "data"}  # import nothing of fastnas; every room may import them
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 

@@ -9,18 +9,18 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                                                   \
-  namespace ISA {                                                                              \
-  template <class T>                                                                           \
-  void abs_cell_merge(const AbsRun<T>&, T*, int64_t, int64_t);                                 \
-  template <class T>                                                                           \
-  void abs_cell_load(const AbsRun<T>&, const T*, int, int64_t, int64_t);                       \
-  template <class T>                                                                           \
-  void abs_cell_fan(const AbsRun<T>&, int, T*, int64_t, int64_t);                              \
-  template <class T>                                                                           \
-  void abs_cell_gradient(AbsRun<T>&, int64_t, T*, int64_t, int64_t);                           \
-  template <class T>                                                                           \
-  void abs_cell_finish(const AbsRun<T>&, int64_t, int64_t);                                    \
+#define FASTNAS_DECLARE(ISA)                                             \
+  namespace ISA {                                                        \
+  template <class T>                                                     \
+  void abs_cell_merge(const AbsRun<T>&, T*, int64_t, int64_t);           \
+  template <class T>                                                     \
+  void abs_cell_load(const AbsRun<T>&, const T*, int, int64_t, int64_t); \
+  template <class T>                                                     \
+  void abs_cell_fan(const AbsRun<T>&, int, T*, int64_t, int64_t);        \
+  template <class T>                                                     \
+  void abs_cell_gradient(AbsRun<T>&, int64_t, T*, int64_t, int64_t);     \
+  template <class T>                                                     \
+  void abs_cell_finish(const AbsRun<T>&, int64_t, int64_t);              \
   }
 FASTNAS_DECLARE(plain)
 FASTNAS_DECLARE(avx2)
@@ -105,7 +105,8 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   const Block<T> grads(a.N * a.image());
   run.map = grads.get();
   run_fans(run, a.grad, a.nodes - 1, parallel);
-  if (!a.kernels_wanted()) return;
+  const bool kernels = a.kernels_wanted();
+  if (!a.grad_weights && !kernels) return;
 
   const int64_t size = sizeof(T);
   int64_t elements = 0;
@@ -125,7 +126,7 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   const int64_t blocks = run.blocks(a.C);
   const Block<double> partial(a.edges() * blocks * a.ops_count);
   run.partial = partial.get();
-  count("abs_cell_finish", abs_cell_finish_bytes(a, size, size));
+  count("abs_cell_finish", abs_cell_finish_bytes(a, size, size, kernels));
   parallel(a.edges() * blocks,
            [&](int64_t begin, int64_t end) { FASTNAS_CPU_CALL(abs_cell_finish<T>, run, begin, end); });
   if (!a.grad_weights) return;
@@ -137,8 +138,8 @@ void abs_cell_backward(const AbsCellArgs& a, Parallel parallel) {
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                   \
-  template void abs_cell<T>(const AbsCellArgs&, Parallel);       \
+#define FASTNAS_INSTANTIATE(T)                             \
+  template void abs_cell<T>(const AbsCellArgs&, Parallel); \
   template void abs_cell_backward<T>(const AbsCellArgs&, Parallel);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

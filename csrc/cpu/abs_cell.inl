@@ -37,8 +37,9 @@ FASTNAS_INLINE void add_scaled(const T* from, int64_t n, T scale, T* to) {
   for (; i < n; ++i) to[i] += scale * magnitude_of(from[i]);
 }
 
-// The merged kernels of whole vectors of columns, of all fans. What belongs to one channel of the edge's output (backward:
-// what n of its inputs have of one output) is contiguous in the candidates' kernels; it is merged there, then transposed.
+// The merged kernels of whole vectors of columns, of all fans. What belongs to one channel of the edge's output
+// (backward: what n of its inputs have of one output) is contiguous in the candidates' kernels; it is merged there,
+// then transposed.
 template <class T>
 void abs_cell_merge(const AbsRun<T>& run, T* scratch, int64_t begin, int64_t end) {
   constexpr int V = kLanes<T>;
@@ -48,7 +49,8 @@ void abs_cell_merge(const AbsRun<T>& run, T* scratch, int64_t begin, int64_t end
   int64_t first = 0;  // piece of the fan
   for (int64_t piece = begin; piece < end; ++piece) {
     AbsFan f = a.fan(fan, run.backward);
-    while (piece - first >= run.blocks(run.columns(f))) first += run.blocks(run.columns(f)), f = a.fan(++fan, run.backward);
+    while (piece - first >= run.blocks(run.columns(f)))
+      first += run.blocks(run.columns(f)), f = a.fan(++fan, run.backward);
     const int64_t column = (piece - first) * V;
     T* to = run.merged[fan] + (piece - first) * 9 * C * V;
     const int n = lanes_at<T>(column, run.columns(f));
@@ -334,11 +336,11 @@ void abs_cell_finish(const AbsRun<T>& run, int64_t begin, int64_t end) {
   }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                              \
-  template void abs_cell_merge<T>(const AbsRun<T>&, T*, int64_t, int64_t);                  \
-  template void abs_cell_load<T>(const AbsRun<T>&, const T*, int, int64_t, int64_t);        \
-  template void abs_cell_fan<T>(const AbsRun<T>&, int, T*, int64_t, int64_t);               \
-  template void abs_cell_gradient<T>(AbsRun<T>&, int64_t, T*, int64_t, int64_t);            \
+#define FASTNAS_INSTANTIATE(T)                                                       \
+  template void abs_cell_merge<T>(const AbsRun<T>&, T*, int64_t, int64_t);           \
+  template void abs_cell_load<T>(const AbsRun<T>&, const T*, int, int64_t, int64_t); \
+  template void abs_cell_fan<T>(const AbsRun<T>&, int, T*, int64_t, int64_t);        \
+  template void abs_cell_gradient<T>(AbsRun<T>&, int64_t, T*, int64_t, int64_t);     \
   template void abs_cell_finish<T>(const AbsRun<T>&, int64_t, int64_t);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)

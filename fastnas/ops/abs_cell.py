@@ -81,14 +81,14 @@ def abs_cell(
     """Returns the last node of a densely connected cell of absolute weights; node 0 is ``x``.
 
     ``node_j = sum over i < j and o of |weights[e, o]| |ops[o]|(node_i)``, where e is the edge from i to j in the order
-    (1, 0), (2, 0), (2, 1), ... and |op| is the candidate with its kernel's absolute values. Neither ``weights`` nor the
-    kernels are written. The gradient of ``weights`` is sign(w) times that of |w|, where **sign(0) is +1**: a weight of
-    zero has the derivative that it would have were it to grow. That of a kernel is sign(W) times that of |W|, and 0 where
-    W is 0, as torch.abs has it.
+    (1, 0), (2, 0), (2, 1), ... and |op| is the candidate with its kernel's absolute values. Neither ``weights`` nor
+    the kernels are written. The gradient of ``weights`` is sign(w) times that of |w|, where **sign(0) is +1**: a
+    weight of zero has the derivative that it would have were it to grow. That of a kernel is sign(W) times that of
+    |W|, and 0 where W is 0, as torch.abs has it.
 
-    The op is linear in ``x`` and takes it as it is. All terms are positive where ``x`` is, so nothing cancels: in float32
-    the result is that of float64 to a few 1e-7. Products of many cells may leave float32's range all the same:
-    rescale between them.
+    The op is linear in ``x`` and takes it as it is. All terms are positive where ``x`` is, so nothing cancels: in
+    float32 the result is that of float64 to about 1e-6. Products of many cells may leave float32's range all the
+    same: rescale between them.
 
     Args:
         x: shape (N, C, H, W), floating.
@@ -161,7 +161,7 @@ def _check(x: Tensor, weights: Tensor, ops: Sequence[str], kernels: Sequence[Ten
 
 def _fake(x: Tensor, weights: Tensor, ops: list[int], kernels: list[Tensor]) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    nodes = _NODES[weights.shape[0]]
+    nodes = _NODES[int(weights.shape[0])]
     y = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty((n, h + 2, w + 2, nodes * c + _PAD))
 

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastnas.saliency._registry import Batch, Saliency, get_saliency
 from fastnas.spaces import Space
@@ -75,8 +77,9 @@ class FreeDarts:
         self.supernet = space.supernet(**supernet).to(device).eval()
         self._device = torch.device(device)
         self._saliencies: list[Saliency] = [get_saliency(name) for name in names]
-        resets = (getattr(m, "reset_parameters", None) for m in self.supernet.modules())
-        self._resets: list[Callable[[], None]] = [reset for reset in resets if callable(reset)]
+        # Nothing that a saliency does to a batch norm lasts.
+        modules = (m for m in self.supernet.modules() if not isinstance(m, _BatchNorm))
+        self._resets: list[Callable[[], object]] = [reset for m in modules for reset in _resets(m)]
 
     def search(self, seed: int, batch: Batch) -> TrainingFreeResult:
         """Returns the architecture that ``seed`` leads to.
@@ -133,6 +136,21 @@ class FreeDarts:
         if len(votes) == 1:
             return votes[0]
         return {t: torch.stack([_ranks(v[t]) for v in votes]).sum(0) for t in votes[0]}
+
+
+def _resets(m: nn.Module) -> list[Callable[[], object]]:
+    """Returns what draws a module's weights anew as its constructor did; of torch's layers without its arithmetic."""
+    if type(m) in (nn.Conv2d, nn.Linear):
+        weight, bias = m._parameters["weight"], m._parameters["bias"]
+        assert weight is not None
+        fan_in = weight[0].numel()
+        bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(fan_in))
+        drawn = [partial(weight.detach().uniform_, -bound, bound)]
+        if bias is not None:
+            drawn.append(partial(bias.detach().uniform_, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in)))
+        return [*drawn]
+    reset = getattr(m, "reset_parameters", None)
+    return [reset] if callable(reset) else []
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.nasbench201 import NASBench201Cell
 from fastnas.nn.operations import Identity, ReLUConvBN, Zero
 from fastnas.ops.abs_cell import AbsOp, abs_cell
+from fastnas.ops.absolute import absolute_, restore_
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def linearised(network: nn.Module) -> Iterator[None]:
     left_out = [entry for entry in left_out if entry[2] is not None]
     cells = [(m, fused) for m in modules if type(m) is NASBench201Cell and (fused := _fused(m)) is not None]
     unit: dict[int, dict[str, Tensor | None]] = {}
-    signs: list[Tensor] | None = None
+    signs: Tensor | None = None
     parameters: list[Tensor] = []
     try:
         # straight into the dicts: a DARTS supernet has 5,000 modules
@@ -56,14 +57,12 @@ def linearised(network: nn.Module) -> Iterator[None]:
             n._buffers.update(unit[n.num_features])
         for cell, fused in cells:
             cell.__dict__["forward"] = fused
-        parameters = [p.detach() for m in modules for p in m._parameters.values() if p is not None]
-        signs = [torch.signbit(p) for p in parameters]
-        torch._foreach_abs_(parameters)
+        parameters = [p.detach() for p in {p: None for m in modules for p in m._parameters.values() if p is not None}]
+        signs = absolute_(parameters)
         yield
     finally:
         if signs is not None:
-            for p, negative in zip(parameters, signs, strict=True):
-                p.copy_(torch.where(negative, -p, p))
+            restore_(parameters, signs)
         for cell, _ in cells:
             cell.__dict__.pop("forward", None)
         for n, (eps, buffers) in zip(norms, kept, strict=True):

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from fastnas._files import write_text
 from fastnas.genotype import AnyGenotype
 from fastnas.saliency._registry import SCORES, Batch, Score, get_score
 from fastnas.saliency.batches import SOURCES
@@ -260,7 +261,7 @@ class ScoreLog:
             _check_settings(sidecar, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not sidecar.exists():
-            _write_text(sidecar, json.dumps(settings, indent=2) + "\n")
+            write_text(sidecar, json.dumps(settings, indent=2) + "\n")
         self._file = path.open("ab", buffering=0)
         try:
             content = path.read_bytes()
@@ -326,15 +327,6 @@ def _read_rows(path: Path, content: bytes, texts: Sequence[str]) -> list[Scored]
         if row.index != n or row.architecture != text:
             raise ValueError(f"{path}: row {n} is of {row.architecture}, not of {text}: choose another folder")
     return rows
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastnas.ops.absolute import group_products
 from fastnas.saliency._registry import Batch, saliency, score
 from fastnas.saliency.linearised import Rescale, in_range, linearised, rescalable
 
@@ -76,17 +77,40 @@ def network_synflow(network: nn.Module, batch: Batch) -> Tensor:
     Batch norm is bypassed and biases are left out; the sum itself leaves the range of float32, so its logarithm is
     given. -inf where nothing flows to the output.
     """
-    network = in_range(network)
-    parameters = list(network.parameters())
-    image = batch.images[:1].to(parameters[0].dtype)
+    sums, log = _weight_flow(network, [network], batch.images[:1])
+    return sums[0].log() + log
+
+
+def operation_flow(network: nn.Module, operations: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+    """Returns Σ_θ |θ ∂R/∂θ| of each operation's weights as a part of that of the whole network, 0-d, float64.
+
+    For networks whose operations no α weighs: an operation's sum is what flows through it, counted once for each of its
+    layers that has weights.
+
+    Args:
+        network: What is evaluated, ``network(x)``.
+        operations: Modules in it, by any names; those without weights get 0.
+        batch: Of which the images' shape counts.
+
+    Raises:
+        ValueError: where nothing flows from the input to the output.
+    """
+    sums, _ = _weight_flow(network, [network, *operations.values()], batch.images[:1])
+    if not sums[0] > 0:
+        raise ValueError("network: nothing flows from the input to the output: some cell has no path")
+    return dict(zip(operations, (sums[1:] / sums[0]).unbind(), strict=True))
+
+
+def _weight_flow(network: nn.Module, parts: list[nn.Module], image: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Returns Σ_θ |θ ∂R/∂θ| of each part's weights, up to the factor whose logarithm comes with it."""
+    running = in_range(network)
+    parameters = list(running.parameters())
+    places = {p: i for i, p in enumerate(network.parameters())}  # the same in a copy
     rescale = Rescale()
-    between = {"between": rescale} if rescalable(network) else {}
-    with linearised(network), torch.enable_grad():
-        r = network(torch.ones_like(image), **between).sum()
+    between = {"between": rescale} if rescalable(running) else {}
+    with linearised(running), torch.enable_grad():
+        r = running(torch.ones_like(image, dtype=parameters[0].dtype), **between).sum()
         gradients = torch.autograd.grad(r, parameters, allow_unused=True)
-        total = sum(
-            (p.detach() * g).sum(dtype=torch.float64)
-            for p, g in zip(parameters, gradients, strict=True)
-            if g is not None
-        )
-    return torch.as_tensor(total).log() + rescale.log
+        each = group_products(parameters, gradients, range(len(parameters)))
+    sums = [each[[places[p] for p in part.parameters()]].sum() for part in parts]
+    return torch.stack(sums), rescale.log

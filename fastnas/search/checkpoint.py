@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from fastnas._files import write_atomic
 
 FORMAT = "fastnas search checkpoint"
 VERSION = 1
@@ -17,24 +19,6 @@ VERSION = 1
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
-
-
-def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file whole or not at all: ``write`` fills a temporary file beside ``path``, which then takes its place.
-
-    Raises:
-        OSError: where the file cannot be written; what was at ``path`` is then still there.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from fastnas._files import write_text
 from fastnas.search import checkpoint
 from fastnas.search.config import GROUPS, SearchConfig
 from fastnas.search.loop import EpochRecord, Search, SearchResult
@@ -164,7 +165,7 @@ class RunFolder:
             return False
 
     def _write_text(self, name: str, text: str) -> None:
-        checkpoint.write_atomic(self.path / name, lambda file: file.write(text.encode()))
+        write_text(self.path / name, text)
 
     def _write_genotype(self, result: SearchResult) -> None:
         result.genotype.save(self.path / "genotype.json")
