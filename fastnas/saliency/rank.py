@@ -170,7 +170,9 @@ def rank(
         raise ValueError(f"jobs={jobs} and threads={threads} must be at least 1")
     space = get_space(space) if isinstance(space, str) else space
     networks = networks or Networks()
-    job = _Job(space, get_score(score), networks, batch.images.cpu().contiguous().numpy(), batch.labels.cpu().numpy(), threads)
+    job = _Job(
+        space, get_score(score), networks, batch.images.cpu().contiguous().numpy(), batch.labels.cpu().numpy(), threads
+    )
     texts = [g.to_text() for g in genotypes]
     settings = {"format": _FORMAT, "space": space.name, "score": score, **asdict(networks)}
     settings |= {"threads": threads, "images": list(batch.images.shape), "batch": _digest(job)}

@@ -370,7 +370,9 @@ def test_figures_are_plain():
 def test_scatter_has_every_pair():
     scores = [1.0, 2.0, -math.inf, math.nan, 3.0, math.inf, 4.0]
     values = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, math.nan]
-    figure = scatter_figure(scores, values, xlabel="naswot", ylabel="accuracy", title="Spearman 0.7", subtitle="7 cells")
+    figure = scatter_figure(
+        scores, values, xlabel="naswot", ylabel="accuracy", title="Spearman 0.7", subtitle="7 cells"
+    )
     inside, low, high = figure.axes[0].collections
     assert np.array_equal(inside.get_offsets(), [[1, 10], [2, 20], [3, 50]])
     assert np.array_equal(low.get_offsets(), [[0, 30]])  # at the left edge, in parts of the width
@@ -395,7 +397,11 @@ def test_scores_over_many_decades_are_logarithmic(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "values", "message"),
-    [([1, 2], [1], r"got \(2,\) and \(1,\)"), ([[1.0]], [[1.0]], "one an architecture"), ([math.nan], [1.0], "no pair")],
+    [
+        ([1, 2], [1], r"got \(2,\) and \(1,\)"),
+        ([[1.0]], [[1.0]], "one an architecture"),
+        ([math.nan], [1.0], "no pair"),
+    ],
 )
 def test_scatter_errors(scores, values, message, tmp_path):
     with pytest.raises(ValueError, match=message):

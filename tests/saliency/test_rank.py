@@ -191,7 +191,7 @@ def test_a_failing_architecture_is_named(batch: Batch, monkeypatch: pytest.Monke
 
     monkeypatch.setitem(SCORES, "fail", fail)
     genotype = SPACE.sample()
-    with pytest.raises(ValueError, match="architecture .*: too small") as info:
+    with pytest.raises(ValueError, match=r"architecture .*: too small") as info:
         rank(SPACE, "fail", [genotype], batch, NETWORKS)
     assert genotype.to_text() in str(info.value)
 
@@ -218,7 +218,8 @@ def test_more_architectures_than_there_are(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_compare() -> None:
-    rows = [Scored(i, name, score, 0.0) for i, (name, score) in enumerate(zip("abcde", [1, 3, math.nan, 2, -math.inf]))]
+    scores = [1, 3, math.nan, 2, -math.inf]
+    rows = [Scored(i, "abcde"[i], score, 0.0) for i, score in enumerate(scores)]
     table = Table(list("edcba"), {"accuracy": [10.0, math.nan, 30.0, 50.0, 20.0], "other": [0.0] * 5})
     correlations, known = compare(rows, table, "accuracy")
     np.testing.assert_equal(known, [20.0, 50.0, 30.0, math.nan, 10.0])
