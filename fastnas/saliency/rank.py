@@ -26,7 +26,7 @@ import torch
 
 from fastnas._files import write_text
 from fastnas.genotype import AnyGenotype
-from fastnas.saliency._registry import SCORES, Batch, get_score
+from fastnas.saliency._registry import SCORES, Batch, Score, get_score
 from fastnas.saliency.batches import SOURCES
 from fastnas.saliency.statistics import Correlations, correlate
 from fastnas.spaces import SPACES, Space, get_space
@@ -170,8 +170,9 @@ def rank(
         raise ValueError(f"jobs={jobs} and threads={threads} must be at least 1")
     space = get_space(space) if isinstance(space, str) else space
     networks = networks or Networks()
-    get_score(score)
-    job = _Job(space, score, networks, batch.images.cpu().numpy(), batch.labels.cpu().numpy(), threads)
+    job = _Job(
+        space, get_score(score), networks, batch.images.cpu().contiguous().numpy(), batch.labels.cpu().numpy(), threads
+    )
     texts = [g.to_text() for g in genotypes]
     settings = {"format": _FORMAT, "space": space.name, "score": score, **asdict(networks)}
     settings |= {"threads": threads, "images": list(batch.images.shape), "batch": _digest(job)}
@@ -335,7 +336,7 @@ class _Job:
     """What a process needs to score architectures; picklable."""
 
     space: Space
-    score: str
+    score: Score
     networks: Networks
     images: Any  # numpy, as torch would send tensors through shared memory
     labels: Any
@@ -351,9 +352,8 @@ class _Scorer:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        self._score = get_score(job.score)
         self._device = torch.device(job.networks.device)
-        images = torch.from_numpy(job.images).to(self._device, memory_format=torch.channels_last)
+        images = torch.from_numpy(job.images).to(self._device)
         self._batch = Batch(images, torch.from_numpy(job.labels).to(self._device))
 
     def __call__(self, index: int, genotype: AnyGenotype) -> Scored:
@@ -364,7 +364,7 @@ class _Scorer:
             in_channels = self._batch.images.shape[1]
             network = self._job.space.network(genotype, n.channels, n.layers, n.classes, in_channels)
             try:
-                value = float(self._score(network.to(self._device), self._batch))
+                value = float(self._job.score(network.to(self._device), self._batch))
             except ValueError as error:
                 raise ValueError(f"architecture {genotype.to_text()}: {error}") from error
         return Scored(index, genotype.to_text(), value, time.perf_counter() - started)

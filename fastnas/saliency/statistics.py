@@ -95,7 +95,7 @@ def _kendall(x: npt.NDArray[np.signedinteger[Any]], y: npt.NDArray[np.signedinte
 
     if x.min() == x.max() or y.min() == y.max():
         return math.nan
-    return float(kendalltau(x, y).statistic)
+    return float(kendalltau(x, y, method="asymptotic").statistic)  # the p-value is not looked at, this one is cheap
 
 
 def _estimate(value: float, resampled: npt.NDArray[np.float64], confidence: float) -> Estimate:

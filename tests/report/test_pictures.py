@@ -1,6 +1,7 @@
 """Pictures of cells and of alphas: legible, whole files, and no trace in matplotlib's global state."""
 
 import itertools
+import math
 import random
 import struct
 import subprocess
@@ -18,7 +19,17 @@ from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
 from fastnas.genotype import Genotype
-from fastnas.report import alphas_figure, cell_figure, draw_cell, draw_genotype, op_color, plot_alphas, style
+from fastnas.report import (
+    alphas_figure,
+    cell_figure,
+    draw_cell,
+    draw_genotype,
+    op_color,
+    plot_alphas,
+    plot_scatter,
+    scatter_figure,
+    style,
+)
 
 OPS = ["max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
 DARTS_V2 = Genotype(
@@ -351,3 +362,48 @@ def test_pyplot_stays_out():
 
 def test_figures_are_plain():
     assert isinstance(cell_figure(CELLS["one edge"]), Figure)
+
+
+# Scatter
+
+
+def test_scatter_has_every_pair():
+    scores = [1.0, 2.0, -math.inf, math.nan, 3.0, math.inf, 4.0]
+    values = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, math.nan]
+    figure = scatter_figure(
+        scores, values, xlabel="naswot", ylabel="accuracy", title="Spearman 0.7", subtitle="7 cells"
+    )
+    inside, low, high = figure.axes[0].collections
+    assert np.array_equal(inside.get_offsets(), [[1, 10], [2, 20], [3, 50]])
+    assert np.array_equal(low.get_offsets(), [[0, 30]])  # at the left edge, in parts of the width
+    assert np.array_equal(high.get_offsets(), [[1, 60]])
+    assert figure.axes[0].get_xscale() == "linear"
+    boxes = texts(figure)
+    assert_no_overlap(boxes)
+    assert {"naswot", "accuracy", "Spearman 0.7", "7 cells"} <= {text for text, _ in boxes}
+
+
+def test_scores_over_many_decades_are_logarithmic(tmp_path):
+    figure = scatter_figure([1e-3, 1.0, 1e40], [1.0, 2.0, 3.0])
+    assert figure.axes[0].get_xscale() == "log"
+    assert_no_overlap(texts(figure))
+    assert scatter_figure([-1.0, 1.0, 1e40], [1.0, 2.0, 3.0]).axes[0].get_xscale() == "linear"
+    path = plot_scatter(np.arange(20_000) / 7, np.arange(20_000) % 13, tmp_path / "new" / "scatter.png")
+    width, height = png_size(path)
+    assert 500 < width < 2000
+    assert 400 < height < 1500
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "message"),
+    [
+        ([1, 2], [1], r"got \(2,\) and \(1,\)"),
+        ([[1.0]], [[1.0]], "one an architecture"),
+        ([math.nan], [1.0], "no pair"),
+    ],
+)
+def test_scatter_errors(scores, values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_scatter(scores, values, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
