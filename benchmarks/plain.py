@@ -160,12 +160,18 @@ class Supernet(nn.Module):
         k: int = 1,
         steps: int = 4,
         primitives: Sequence[str] = PRIMITIVES,
+        stem: str = "cifar",
     ) -> None:
         super().__init__()
-        C, width = channels, 3 * channels
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        C, width = channels, 3 * channels if stem == "cifar" else channels
+        if stem == "cifar":
+            self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        else:
+            half = [nn.Conv2d(3, C // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(C // 2), nn.ReLU()]
+            self.stem0 = nn.Sequential(*half, nn.Conv2d(C // 2, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
+            self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, 2, 1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, reduction_prev = width, width, False
+        C_prev_prev, C_prev, reduction_prev = width, width, stem == "imagenet"
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C = 2 * C if reduction else C
@@ -176,7 +182,8 @@ class Supernet(nn.Module):
     def forward(
         self, x: Tensor, weights: Mapping[str, Tensor], edge_weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        s0 = s1 = self.stem(x)
+        s0 = self.stem(x) if hasattr(self, "stem") else self.stem0(x)
+        s1 = s0 if hasattr(self, "stem") else self.stem1(s0)
         for cell in self.cells:
             name = "reduce" if cell.reduction else "normal"
             s0, s1 = s1, cell(s0, s1, weights[name], edge_weights[name] if edge_weights else None)
@@ -231,19 +238,29 @@ class NASBench201Supernet(nn.Module):
         return self.classifier(self.lastact(x).mean((2, 3)))
 
 
-def synflow(net: nn.Module, weights: Mapping[str, Tensor] | Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Returns R = 1ᵀ Π |W(θ, α)| 1 and each table's |α ∂R/∂α|, in float64: no batch norm, no bias, an image of ones."""
-    net = copy.deepcopy(net).double()
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, nn.Identity())
-    with torch.no_grad():
-        for p in net.parameters():
-            p.abs_()
-        net.classifier.bias.zero_()
-    tables = weights if isinstance(weights, Mapping) else {"": weights}
-    leaves = {name: w.detach().double().abs().requires_grad_() for name, w in tables.items()}
-    r = net(torch.ones_like(x, dtype=torch.float64), leaves if isinstance(weights, Mapping) else leaves[""]).sum()
-    gradients = torch.autograd.grad(r, list(leaves.values()))
-    return r.detach(), [w.detach() * g for w, g in zip(leaves.values(), gradients, strict=True)]
+class SynFlow:
+    """R = 1ᵀ Π |W(θ, α)| 1 and |α ∂R/∂α| of a supernet, in float64: no batch norm, no bias, an image of ones."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = copy.deepcopy(net).double()
+        for module in list(self.net.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.Identity())
+        self.net.classifier.bias = None
+        self.layers = [m for m in self.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def draw(self) -> None:
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def __call__(self, weights: Mapping[str, Tensor] | Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.abs_()
+        tables = weights if isinstance(weights, Mapping) else {"": weights}
+        leaves = {name: w.detach().double().abs().requires_grad_() for name, w in tables.items()}
+        ones = torch.ones_like(x, dtype=torch.float64)
+        r = self.net(ones, leaves if isinstance(weights, Mapping) else leaves[""]).sum()
+        gradients = torch.autograd.grad(r, list(leaves.values()))
+        return r.detach(), [w.detach() * g for w, g in zip(leaves.values(), gradients, strict=True)]
