@@ -80,10 +80,9 @@ class Cell(nn.Module):
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         weights, edges = as_table(weights, s0.device), len(self._ops)
-        factored = weights[:edges]
         if edge_weights is not None:
-            factored = factored * as_table(edge_weights, s0.device)[:edges, None]
-        y = self._fused.run(self._ops, states, factored)
+            edge_weights = as_table(edge_weights, s0.device)[:edges]
+        y = self._fused.run(self._ops, states, weights[:edges], edge_weights)
         if y is not None:
             return y
         edge = 0

@@ -11,6 +11,7 @@ from fastnas import _library
 from fastnas.nn.batch_norm import given_statistics, special, update_tracked
 from fastnas.nn.mixed_op import MixedOp, Plan
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
+from fastnas.ops.partial_channels import partial_channels_split
 
 
 class FusedCell:
@@ -38,29 +39,34 @@ class FusedCell:
     def __reduce__(self) -> tuple[type[FusedCell], tuple[object, ...]]:
         return FusedCell, (self._wiring, self._inputs, self._concat)
 
-    def run(self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+    def run(
+        self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+    ) -> Tensor | None:
         """Returns the cell's output; None where its edges have to be run one by one.
 
         Args:
             ops: the edges, as in the wiring.
             inputs: the first states, (N, C, H, W).
             weights: (E, O).
+            edge_weights: (E,), factors of the edges' outputs; all 1 where None.
 
         Raises:
             ValueError: where the inputs have other channels than the edges.
         """
         plans, edges = self._current(ops)
-        x = inputs[0]
+        x, k = inputs[0], ops[0].k
         if edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs):
             return None
         if _library.namespace(None, x) is None:
             return None
         params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
         norms = [n for plan in plans for n in plan.norms]
-        wrong = [n.num_features for n in norms if n.num_features != x.shape[1]]
+        wrong = [n.num_features * k for n in norms if n.num_features * k != x.shape[1]]
         if wrong:
             raise ValueError(f"x has {x.shape[1]} channels: expected {wrong[0]}, as the candidates were made for")
-        maps = [h(inputs[e.source]) for e, plan in zip(edges, plans, strict=True) for h in plan.heads]
+        heads = {e.source for e, plan in zip(edges, plans, strict=True) if plan.heads}
+        active = {s: partial_channels_split(inputs[s], k)[0] if k > 1 else inputs[s] for s in heads}
+        maps = [h(active[e.source]) for e, plan in zip(edges, plans, strict=True) for h in plan.heads]
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs, params, maps = ([t.to(dtype) for t in ts] for ts in (inputs, params, maps))
@@ -73,6 +79,8 @@ class FusedCell:
             concat=self._concat,
             eps=[n.eps for n in norms],
             statistics=None if plans[0].training or not norms else given_statistics(norms),
+            k=k,
+            edge_weights=edge_weights,
         )
         update_tracked(norms, result)
         return result.y
@@ -82,7 +90,7 @@ class FusedCell:
         modules: list[MixedOp] = []
         for i in self._order:
             edge = ops[i]
-            if type(edge) is not MixedOp or edge.k != 1 or special(edge):
+            if type(edge) is not MixedOp or special(edge):
                 return [], None
             modules.append(edge)
         plans = [e.described() for e in modules]
@@ -100,7 +108,8 @@ class FusedCell:
             and len(strides) == len({source for source, _ in strides})
             and all(e.stride == 1 and not p.heads for e, p in inner)
             and all(p.known for p in plans)
-            and fits(edges)
+            and len({m.k for m in modules}) == 1
+            and fits(edges, modules[0].k)
         )
         self._known = (plans, edges if fused else None)
         return self._known

@@ -63,10 +63,13 @@ WIRINGS = {
 class Case:
     """Random arguments of one call."""
 
-    def __init__(self, name, shape=(2, 6, 8, 6), concat=2, dtype=torch.float64, device="cpu", given=False, seed=0):
+    def __init__(
+        self, name, shape=(2, 6, 8, 6), concat=2, dtype=torch.float64, device="cpu", given=False, seed=0, k=1, beta=None
+    ):
         torch.manual_seed(seed)
-        self.edges, self.concat = WIRINGS[name], concat
+        self.edges, self.concat, self.k = WIRINGS[name], concat, k
         n, c, h, w = shape
+        c //= k  # of the candidates
         stride = self.edges[0].stride
 
         def draw(*size, scale=1.0):
@@ -79,11 +82,12 @@ class Case:
         rows = max(e.row for e in self.edges) + 1
         self.weights = torch.rand(rows, len(self.edges[0].candidates), dtype=torch.float64)
         self.weights = self.weights.to(device, dtype).requires_grad_()
+        self.edge_weights = draw(rows) if (k > 1 if beta is None else beta) else None
         every = [o for e in self.edges for o in e.candidates]
         self.params = [draw(*s, scale=(s[1] * s[2] * s[3]) ** -0.5) for o in every for s in o.shapes(c)]
         out = (n, c, -(-h // stride), -(-w // stride))
         self.maps = [draw(*out) for o in every if o.kind == "map"]
-        self.grad = draw(n, concat * c, *out[2:]).detach()
+        self.grad = draw(n, concat * c * k, *out[2:]).detach()
         self.eps = [1e-5 * (1 + i % 3) for i in range(sum(o.norms for o in every))]
         self.statistics = None
         if given:
@@ -95,12 +99,14 @@ class Case:
             )
 
     def leaves(self):
-        return [*self.inputs, self.weights, *self.params, *self.maps]
+        factors = [] if self.edge_weights is None else [self.edge_weights]
+        return [*self.inputs, self.weights, *self.params, *self.maps, *factors]
 
     def call(self, backend):
         return mixed_cell(
             *(self.inputs, self.weights, self.edges, self.params, self.maps),
             **{"concat": self.concat, "eps": self.eps, "statistics": self.statistics, "backend": backend},
+            **{"k": self.k, "edge_weights": self.edge_weights},
         )
 
     def run(self, backend):
@@ -113,6 +119,8 @@ class Case:
         other.__dict__.update(self.__dict__)
         other.weights = self.weights.detach().to(dtype).requires_grad_()
         other.grad = self.grad.to(dtype)
+        if self.edge_weights is not None:
+            other.edge_weights = self.edge_weights.detach().to(dtype).requires_grad_()
         for name in ("inputs", "params", "maps"):
             setattr(other, name, [t.detach().to(dtype).requires_grad_() for t in getattr(self, name)])
         return other
@@ -148,6 +156,16 @@ def place(request):
 def test_equals_the_reference_in_float64(place, name, concat, given):
     backend, device = place
     case = Case(name, concat=concat, device=device, given=given)
+    close(case.run(backend), case.run("reference"), 1e-9)
+
+
+@pytest.mark.parametrize("beta", [False, True], ids=["", "edge weights"])
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("concat", [1, 2])
+@pytest.mark.parametrize("name", WIRINGS)
+def test_partial_channels_equal_the_reference_in_float64(place, name, concat, k, beta):
+    backend, device = place
+    case = Case(name, (2, 12, 8, 6), concat, device=device, k=k, beta=beta)
     close(case.run(backend), case.run("reference"), 1e-9)
 
 
