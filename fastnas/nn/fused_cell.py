@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from fastnas.nn.batch_norm import given_statistics, special, update_tracked
 from fastnas.nn.mixed_op import MixedOp, Plan
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
 from fastnas.ops.partial_channels import partial_channels_split
+
+_Known: TypeAlias = tuple[list[Plan], list[CellEdge] | None, int]
 
 
 class FusedCell:
@@ -28,10 +31,7 @@ class FusedCell:
         self._inputs = inputs
         self._concat = concat
         self._order = sorted(range(len(wiring)), key=wiring.__getitem__)
-        self._known: tuple[list[Plan], list[CellEdge] | None] = (
-            [],
-            None,
-        )  # in this order; written at once, for threads
+        self._known: _Known = ([], None, 1)  # in this order; written at once, for threads
 
     def __deepcopy__(self, memo: dict[int, object]) -> FusedCell:
         return FusedCell(self._wiring, self._inputs, self._concat)  # the copy's modules are others
@@ -53,8 +53,8 @@ class FusedCell:
         Raises:
             ValueError: where the inputs have other channels than the edges.
         """
-        plans, edges = self._current(ops)
-        x, k = inputs[0], ops[0].k
+        plans, edges, k = self._current(ops)
+        x = inputs[0]
         if edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs):
             return None
         if _library.namespace(None, x) is None:
@@ -85,18 +85,19 @@ class FusedCell:
         update_tracked(norms, result)
         return result.y
 
-    def _current(self, ops: nn.ModuleList) -> tuple[list[Plan], list[CellEdge] | None]:
-        """Returns what the edges are now, in the op's order, and how the op is told; None where it cannot be."""
+    def _current(self, ops: nn.ModuleList) -> _Known:
+        """Returns what the edges are now, in the op's order, how the op is told (None where it cannot be), and k."""
         modules: list[MixedOp] = []
         for i in self._order:
             edge = ops[i]
             if type(edge) is not MixedOp or special(edge):
-                return [], None
+                return [], None, 1
             modules.append(edge)
         plans = [e.described() for e in modules]
-        known, edges = self._known
-        if len(plans) == len(known) and all(a is b for a, b in zip(plans, known, strict=True)):
-            return known, edges
+        known = self._known
+        if len(plans) == len(known[0]) and all(a is b for a, b in zip(plans, known[0], strict=True)):
+            return known
+        k = modules[0].k
         edges = [
             CellEdge(*self._wiring[i], plan.stride, i, plan.candidates)
             for i, plan in zip(self._order, plans, strict=True)
@@ -108,8 +109,8 @@ class FusedCell:
             and len(strides) == len({source for source, _ in strides})
             and all(e.stride == 1 and not p.heads for e, p in inner)
             and all(p.known for p in plans)
-            and len({m.k for m in modules}) == 1
-            and fits(edges, modules[0].k)
+            and all(m.k == k for m in modules)
+            and fits(edges, k)
         )
-        self._known = (plans, edges if fused else None)
+        self._known = (plans, edges if fused else None, k)
         return self._known
