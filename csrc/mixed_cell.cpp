@@ -138,7 +138,8 @@ class Cell {
         add_edge(op, a, inputs[0], &plan[i * candidates * kPlanFields], candidates,
                  static_cast<int>(list[i].row * candidates), from);
       }
-      for (int s = 0; s < a.stages_count; ++s) a.stages[s].out = static_cast<char*>(outs) + (stage + s) * map_bytes(width);
+      for (int s = 0; s < a.stages_count; ++s)
+        a.stages[s].out = static_cast<char*>(outs) + (stage + s) * map_bytes(width);
       stage += a.stages_count, norm += a.norms;
     }
     STD_TORCH_CHECK(from.param == params.size() && from.map == maps.size(), op,
@@ -211,7 +212,7 @@ class Cell {
   const std::vector<int64_t>& plan;
   std::vector<CellEdge> list;
   const int64_t k;
-  int sources, states, kept, candidates;  // kept: nodes that are not concatenated
+  int sources, states, kept, candidates;       // kept: nodes that are not concatenated
   int64_t N, C, width, OH, OW, bytes, concat;  // width: channels of the candidates
   const void* edge_weights = nullptr;
 };

@@ -1,7 +1,8 @@
 // partial_channels: PC-DARTS' two ends of an edge, in channels_last memory. The first C/k channels of a state go to the
 // candidates (split). The other channels bypass them (2x2 max-pooled with stride 2); concatenation and channel shuffle
-// are one write (merge): channel j * k + g of the output is channel g * C/k + j of the concatenation. The shuffle is the
-// same for all edges that lead to a node, so merge takes all of them, and split_backward all edges that leave a state.
+// are one write (merge): channel j * k + g of the output is channel g * C/k + j of the concatenation. The shuffle is
+// the same for all edges that lead to a node, so merge takes all of them, and split_backward all edges that leave a
+// state.
 #pragma once
 #include "types.h"
 

@@ -7,15 +7,15 @@
 #include "cpu/dispatch.h"
 
 namespace fastnas::cpu {
-#define FASTNAS_DECLARE(ISA)                                                                                      \
-  namespace ISA {                                                                                                 \
-  template <class T>                                                                                              \
-  void partial_channels_split_range(const PartialChannelsArgs&, int64_t, int64_t);                                \
-  template <class T>                                                                                              \
-  void partial_channels_range(const PartialChannelsArgs&, compute_t<T>*, int64_t, int64_t);                       \
-  template <class T>                                                                                              \
-  void partial_channels_backward_range(const PartialChannelsArgs&, int64_t, int64_t);                             \
-  template <class T>                                                                                              \
+#define FASTNAS_DECLARE(ISA)                                                                                        \
+  namespace ISA {                                                                                                   \
+  template <class T>                                                                                                \
+  void partial_channels_split_range(const PartialChannelsArgs&, int64_t, int64_t);                                  \
+  template <class T>                                                                                                \
+  void partial_channels_range(const PartialChannelsArgs&, compute_t<T>*, int64_t, int64_t);                         \
+  template <class T>                                                                                                \
+  void partial_channels_backward_range(const PartialChannelsArgs&, int64_t, int64_t);                               \
+  template <class T>                                                                                                \
   void partial_channels_split_backward_range(const PartialChannelsArgs&, compute_t<T>*, double*, int64_t, int64_t); \
   }
 FASTNAS_DECLARE(plain)
@@ -23,7 +23,8 @@ FASTNAS_DECLARE(avx2)
 FASTNAS_DECLARE(avx512)
 
 namespace {
-constexpr int64_t kPiece = 128;  // pixels that are worth a thread
+constexpr int64_t kPiece = 128;    // pixels that are worth a thread
+constexpr int64_t kMaxLanes = 16;  // of any instruction set's vectors
 int64_t pieces(int64_t pixels) { return (pixels + kPiece - 1) / kPiece; }
 
 template <class Body>
@@ -45,7 +46,7 @@ void partial_channels_split_backward(const PartialChannelsArgs& args, Parallel p
   const int64_t windows = args.windows();
   std::vector<double> dots(args.grad_edge_weights ? pieces(windows) * kMaxPartialEdges : 0);
   parallel(pieces(windows), [&](int64_t begin, int64_t end) {
-    std::vector<compute_t<T>> scratch(2 * args.C);
+    std::vector<compute_t<T>> scratch(3 * (args.C + kMaxLanes));
     for (int64_t i = begin; i < end; ++i) {
       double* of_piece = args.grad_edge_weights ? &dots[i * kMaxPartialEdges] : nullptr;
       FASTNAS_CPU_CALL(partial_channels_split_backward_range<T>, args, scratch.data(), of_piece, i * kPiece,
@@ -63,7 +64,7 @@ template <class T>
 void partial_channels(const PartialChannelsArgs& args, Parallel parallel) {
   count("partial_channels", partial_channels_bytes(args, sizeof(T)));
   over_pixels(args.pixels(), parallel, [&](int64_t begin, int64_t end) {
-    std::vector<compute_t<T>> scratch(args.C);
+    std::vector<compute_t<T>> scratch(args.C + kMaxLanes);
     FASTNAS_CPU_CALL(partial_channels_range<T>, args, scratch.data(), begin, end);
   });
 }

@@ -26,12 +26,26 @@ FASTNAS_INLINE int argmax(const T* const (&window)[4], int64_t c) {
   }
   return best;
 }
+
+// n values as a vector, in the type that they are computed in.
 template <class T>
-FASTNAS_INLINE compute_t<T> maximum(const T* const (&window)[4], int64_t c) {
-  compute_t<T> value = static_cast<compute_t<T>>(window[0][c]);
-  for (int i = 1; i < 4; ++i) {
-    const compute_t<T> v = static_cast<compute_t<T>>(window[i][c]);
-    value = v > value || v != v ? v : value;
+FASTNAS_INLINE Vec<compute_t<T>> load_values(const T* p, int n) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    return load_n(p, n);
+  } else {
+    Vec<compute_t<T>> v{};
+    for (int i = 0; i < n; ++i) v[i] = static_cast<compute_t<T>>(p[i]);
+    return v;
+  }
+}
+
+// What goes past an edge's candidates at n channels: the pixel, or the maxima of a window.
+template <class T>
+FASTNAS_INLINE Vec<compute_t<T>> bypassing(const T* const (&window)[4], int stride, int64_t c, int n) {
+  Vec<compute_t<T>> value = load_values(window[0] + c, n);
+  for (int i = 1; stride == 2 && i < 4; ++i) {
+    const Vec<compute_t<T>> v = load_values(window[i] + c, n);
+    value = (v > value) | (v != v) ? v : value;
   }
   return value;
 }
@@ -49,34 +63,34 @@ FASTNAS_INLINE compute_t<T> edge_weight(const PartialChannelsArgs& a, int e) {
   return a.edge_weights ? static_cast<const compute_t<T>*>(a.edge_weights)[a.edges[e].weight] : compute_t<T>(1);
 }
 
-// scratch: C elements.
+// scratch: C elements and a vector.
 template <class T>
 void partial_channels_range(const PartialChannelsArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end) {
   using A = compute_t<T>;
+  constexpr int V = kLanes<A>;
   const int64_t active = a.C / a.k;
-  A* __restrict__ sum = scratch;
+  A weights[kMaxPartialEdges];
+  for (int e = 0; e < a.edges_count; ++e) weights[e] = edge_weight<T>(a, e);
   with_k(a.k, [&](auto k) {
     for (int64_t q = begin; q < end; ++q) {
       const T* mixed = static_cast<const T*>(a.mixed) + q * active;
-      for (int64_t j = 0; j < active; ++j) sum[j] = static_cast<A>(mixed[j]);
+      const T* window[kMaxPartialEdges][4];
       for (int e = 0; e < a.edges_count; ++e) {
-        const PartialEdge& edge = a.edges[e];
-        const int64_t right = edge.step, down = 2 * a.W * edge.step;
-        const T* x = static_cast<const T*>(edge.map) + first_pixel(q, a.H, a.W, edge.stride) * edge.step;
-        const T* const window[4] = {x, x + right, x + down, x + down + right};
-        const A weight = edge_weight<T>(a, e);
-        auto add = [&](auto value) FASTNAS_LAMBDA_INLINE {
-          if (e == 0)
-            for (int64_t c = active; c < a.C; ++c) sum[c] = weight * value(c);
-          else
-            for (int64_t c = active; c < a.C; ++c) sum[c] += weight * value(c);
-        };
-        edge.stride == 1 ? add([&](int64_t c) FASTNAS_LAMBDA_INLINE { return static_cast<A>(x[c]); })
-                         : add([&](int64_t c) FASTNAS_LAMBDA_INLINE { return maximum(window, c); });
+        const int64_t step = a.edges[e].step, down = 2 * a.W * step;
+        const T* x = static_cast<const T*>(a.edges[e].map) + first_pixel(q, a.H, a.W, a.edges[e].stride) * step;
+        window[e][0] = x, window[e][1] = x + step, window[e][2] = x + down, window[e][3] = x + down + step;
+      }
+      for (int64_t j = 0; j < active; ++j) scratch[j] = static_cast<A>(mixed[j]);
+      for (int64_t c = active; c < a.C; c += V) {
+        const int n = static_cast<int>(a.C - c < V ? a.C - c : V);
+        Vec<A> sum = splat(weights[0]) * bypassing(window[0], a.edges[0].stride, c, n);
+        for (int e = 1; e < a.edges_count; ++e)
+          sum += splat(weights[e]) * bypassing(window[e], a.edges[e].stride, c, n);
+        store(scratch + c, sum);
       }
       T* y = static_cast<T*>(a.out) + q * a.out_step;
       for (int64_t j = 0; j < active; ++j)
-        for (int g = 0; g < k; ++g) y[j * k + g] = static_cast<T>(sum[g * active + j]);
+        for (int g = 0; g < k; ++g) y[j * k + g] = static_cast<T>(scratch[g * active + j]);
     }
   });
 }
@@ -93,16 +107,21 @@ void partial_channels_backward_range(const PartialChannelsArgs& a, int64_t begin
   });
 }
 
-// One window: everything that x's gradient holds in the pixels that it covers. scratch: 2 C elements; dots: to each
-// edge's entry the product of its gradient with what bypassed its candidates is added.
+// Everything that x's gradient holds in the pixels of the windows. scratch: 3 times C elements and a vector; dots:
+// where the edge weights' gradients are wanted, each edge's product of gradient and what went past its candidates.
 template <class T>
 void partial_channels_split_backward_range(const PartialChannelsArgs& a, compute_t<T>* scratch, double* dots,
                                            int64_t begin, int64_t end) {
   using A = compute_t<T>;
+  constexpr int V = kLanes<A>;
   const int64_t active = a.C / a.k;
   const int stride = a.stride(), pixels = stride * stride;
-  A* __restrict__ sum = scratch;  // both in the order of the nodes' channels
-  A* __restrict__ bypass = scratch + a.C;
+  A* past = scratch;                 // what went past the candidates
+  A* shuffled = scratch + a.C + V;   // the same in the order of the nodes' channels
+  A* sum = scratch + 2 * (a.C + V);  // of the gradients, in that order
+  A weights[kMaxPartialEdges];
+  for (int e = 0; e < a.edges_count; ++e) weights[e] = edge_weight<T>(a, e);
+  Vec<A> products[kMaxPartialEdges] = {};
   with_k(a.k, [&](auto k) {
     for (int64_t q = begin; q < end; ++q) {
       const int64_t p = first_pixel(q, a.H / stride, a.W / stride, stride);
@@ -110,24 +129,22 @@ void partial_channels_split_backward_range(const PartialChannelsArgs& a, compute
       const T* window[4];
       for (int i = 0; i < 4; ++i) window[i] = a.x ? static_cast<const T*>(a.x) + at[i] * a.x_step : nullptr;
       const T* const(&values)[4] = window;
-      for (int64_t c = 0; c < a.C; ++c) sum[c] = A(0);
-      if (a.grad_edge_weights)
-        for (int64_t j = 0; j < active; ++j) {
-          bypass[j * k] = A(0);
-          for (int g = 1; g < k; ++g) {
-            const int64_t c = g * active + j;
-            bypass[j * k + g] = stride == 1 ? static_cast<A>(values[0][c]) : maximum(values, c);
-          }
+      if (dots) {
+        for (int64_t c = active; c < a.C; c += V)
+          store(past + c, bypassing(values, stride, c, static_cast<int>(a.C - c < V ? a.C - c : V)));
+        for (int64_t j = 0; j < active; ++j)
+          for (int g = 0; g < k; ++g) shuffled[j * k + g] = g ? past[g * active + j] : A(0);
+      }
+      for (int64_t c = 0; c < a.C; c += V) {
+        const int n = static_cast<int>(a.C - c < V ? a.C - c : V);
+        const Vec<A> other = dots ? load_n(shuffled + c, n) : zero<A>();
+        Vec<A> total = zero<A>();
+        for (int e = 0; e < a.edges_count; ++e) {
+          const Vec<A> grad = load_values(static_cast<const T*>(a.edges[e].map) + q * a.edges[e].step + c, n);
+          total += splat(weights[e]) * grad;
+          products[e] += other * grad;
         }
-      for (int e = 0; e < a.edges_count; ++e) {
-        const T* grad = static_cast<const T*>(a.edges[e].map) + q * a.edges[e].step;
-        const A weight = edge_weight<T>(a, e);
-        for (int64_t c = 0; c < a.C; ++c) sum[c] += weight * static_cast<A>(grad[c]);
-        if (!a.grad_edge_weights) continue;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < a.C; ++c) dot += bypass[c] * static_cast<A>(grad[c]);
-        dots[e] += static_cast<double>(dot);
+        store(sum + c, total);
       }
       if (!a.out) continue;
       for (int i = 0; i < pixels; ++i) {
@@ -153,13 +170,18 @@ void partial_channels_split_backward_range(const PartialChannelsArgs& a, compute
       for (int64_t c = 0; c < a.C; ++c) out[c] = static_cast<T>(static_cast<A>(out[c]) + static_cast<A>(add[c]));
     }
   });
+  for (int e = 0; dots && e < a.edges_count; ++e) {
+    dots[e] = 0;
+    for (int i = 0; i < V; ++i) dots[e] += static_cast<double>(products[e][i]);
+  }
 }
 
-#define FASTNAS_INSTANTIATE(T)                                                                    \
-  template void partial_channels_split_range<T>(const PartialChannelsArgs&, int64_t, int64_t);    \
-  template void partial_channels_range<T>(const PartialChannelsArgs&, compute_t<T>*, int64_t, int64_t); \
-  template void partial_channels_backward_range<T>(const PartialChannelsArgs&, int64_t, int64_t); \
-  template void partial_channels_split_backward_range<T>(const PartialChannelsArgs&, compute_t<T>*, double*, int64_t, int64_t);
+#define FASTNAS_INSTANTIATE(T)                                                                                        \
+  template void partial_channels_split_range<T>(const PartialChannelsArgs&, int64_t, int64_t);                        \
+  template void partial_channels_range<T>(const PartialChannelsArgs&, compute_t<T>*, int64_t, int64_t);               \
+  template void partial_channels_backward_range<T>(const PartialChannelsArgs&, int64_t, int64_t);                     \
+  template void partial_channels_split_backward_range<T>(const PartialChannelsArgs&, compute_t<T>*, double*, int64_t, \
+                                                         int64_t);
 FASTNAS_INSTANTIATE(float)
 FASTNAS_INSTANTIATE(double)
 FASTNAS_INSTANTIATE(Half)
