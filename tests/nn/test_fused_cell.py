@@ -236,6 +236,15 @@ def test_copies_have_their_own_parameters(duplicate):
     assert not torch.allclose(case.cell(*case.inputs, case.weights), y)
 
 
+def test_a_cell_that_was_pickled_whole_before_cells_were_fused():
+    case = Case()
+    expected = case.cell(*case.inputs, case.weights)
+    del case.cell._fused
+    case.cell = pickle.loads(pickle.dumps(case.cell))
+    assert case.fused()
+    torch.testing.assert_close(case.cell(*case.inputs, case.weights), expected)
+
+
 def test_autocast_gives_its_dtype():
     case = Case()
     case.cell.float()
