@@ -81,7 +81,7 @@ __global__ void partial_channels_backward_kernel(const __grid_constant__ Partial
 // A row of `columns` threads takes one window at a time: everything that x's gradient holds in the S x S pixels that
 // it covers, and where D, the products of the edges' gradients with what bypassed their candidates.
 template <class T, int S, bool D>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)  // registers enough for 2 blocks, so that nothing is spilled
     partial_channels_split_backward_kernel(const __grid_constant__ PartialChannelsArgs a, const int columns) {
   using A = compute_t<T>;
   const int active = static_cast<int>(a.C / a.k), rows = kBlock / columns;
@@ -105,13 +105,18 @@ __global__ void __launch_bounds__(kBlock)
         } else if (D) {
           bypass = static_cast<A>(*x);
         }
-#pragma unroll
-        for (int e = 0; e < kMaxPartialEdges; ++e) {
-          if (e >= a.edges_count) break;
+        auto add = [&](int e) {
           const T* from = static_cast<const T*>(a.edges[e].map) + q * a.edges[e].step;
           const A grad = static_cast<A>(from[static_cast<int64_t>(j) * a.k + g]);
           value += edge_weight<T>(a, e) * grad;
-          if (D) dots[e] += grad * bypass;
+          if constexpr (D) dots[e] += grad * bypass;
+        };
+        if constexpr (D) {
+#pragma unroll
+          for (int e = 0; e < kMaxPartialEdges; ++e)  // the products stay in registers
+            if (e < a.edges_count) add(e);
+        } else {
+          for (int e = 0; e < a.edges_count; ++e) add(e);
         }
       }
       if (!out) continue;
