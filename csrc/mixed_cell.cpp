@@ -1,8 +1,14 @@
 // mixed_cell: a whole cell of edges. Fans are run state by state, so that what the candidates of several edges read of
 // a state is read once; the sums grow in place, in the cell's own output where a node is a part of it.
+//
+// With k > 1 (see partial_channels.h) the candidates have C/k channels. A fan then leaves a compact copy of these
+// channels of its state, sums grow in maps of their own, and when a node's sum is complete, it is merged with what
+// bypassed the candidates of all edges into the node.
 #include <algorithm>
+#include <utility>
 
 #include "mixed_op_plan.h"
+#include "partial_channels.h"
 
 namespace fastnas {
 namespace {
@@ -23,8 +29,8 @@ class Cell {
  public:
   Cell(const char* op, const std::vector<Tensor>& inputs, const Tensor& weights, const std::vector<Tensor>& params,
        const std::vector<Tensor>& maps, const std::vector<int64_t>& plan, const std::vector<int64_t>& edges,
-       int64_t concat)
-      : op(op), inputs(inputs), weights(weights), params(params), maps(maps), plan(plan) {
+       int64_t concat, int64_t k, const std::optional<Tensor>& edge_weights)
+      : op(op), inputs(inputs), weights(weights), params(params), maps(maps), plan(plan), k(k) {
     STD_TORCH_CHECK(!inputs.empty() && !edges.empty() && edges.size() % kEdgeFields == 0, op,
                     ": inputs must not be empty and edges must have ", kEdgeFields, " fields an edge");
     states = sources = static_cast<int>(inputs.size());
@@ -62,19 +68,45 @@ class Cell {
                           input.scalar_type() == x.scalar_type() && input.device() == x.device() && input.numel() > 0,
                       op, ": inputs must be channels_last, of one N, C, dtype and device, and not empty");
     N = x.size(0), C = x.size(1), bytes = static_cast<int64_t>(x.element_size());
+    STD_TORCH_CHECK(k >= 1 && k <= C && C % k == 0, op, ": k = ", k, " must divide the ", C, " channels");
+    width = C / k;
     const CellEdge& first = list[0];
     OH = (inputs[first.source].size(2) - 1) / first.stride + 1;
     OW = (inputs[first.source].size(3) - 1) / first.stride + 1;
     this->concat = concat;
+    if (edge_weights) {
+      STD_TORCH_CHECK(k > 1 && edge_weights->dim() == 1 && edge_weights->size(0) == weights.size(0) &&
+                          edge_weights->is_contiguous() && edge_weights->scalar_type() == weights.scalar_type() &&
+                          edge_weights->device() == x.device(),
+                      op, ": edge_weights go with k > 1 and must be a contiguous vector with an entry for each row of ",
+                      "weights, of their dtype and device");
+      this->edge_weights = edge_weights->const_data_ptr();
+    }
+    for (const CellEdge& e : list)
+      STD_TORCH_CHECK(k == 1 || (inputs_of(e.node) <= kMaxPartialEdges && outputs_of(e.source) <= kMaxPartialEdges), op,
+                      ": with k > 1 at most ", kMaxPartialEdges, " edges can lead to a node, or leave a state");
   }
 
-  int64_t map_bytes() const { return N * OH * OW * C * bytes; }
+  int64_t inputs_of(int node) const {
+    return std::count_if(list.begin(), list.end(), [&](const CellEdge& e) { return e.node == node; });
+  }
+  int64_t outputs_of(int state) const {
+    return std::count_if(list.begin(), list.end(), [&](const CellEdge& e) { return e.source == state; });
+  }
+
+  int64_t map_bytes(int64_t channels) const { return N * OH * OW * channels * bytes; }
 
   // Where node `n` lies in a pair of buffers: of those that are concatenated, and of the others.
   State node(int n, void* together, void* apart) const {
     const int i = n - sources - kept;
     if (i >= 0) return {static_cast<char*>(together) + i * C * bytes, concat * C};
-    return {static_cast<char*>(apart) + (n - sources) * map_bytes(), C};
+    return {static_cast<char*>(apart) + (n - sources) * map_bytes(C), C};
+  }
+
+  // The same for any state.
+  State state(int n, void* together, void* apart) const {
+    if (n >= sources) return node(n, together, apart);
+    return {static_cast<char*>(const_cast<void*>(inputs[n].const_data_ptr())), C};
   }
 
   // Calls body(fan, first edge, first stage, first norm) for each state that edges leave, in order or in reverse.
@@ -92,23 +124,22 @@ class Cell {
       fans.push_back({MixedOpArgs(), i, stage, norm});
       MixedOpArgs& a = fans.back().args;
       const int source = list[i].source;
-      a.N = N, a.C = C, a.stride = static_cast<int>(list[i].stride), a.OH = OH, a.OW = OW;
-      if (source < sources) {
-        a.H = inputs[source].size(2), a.W = inputs[source].size(3);
-        a.x = inputs[source].const_data_ptr(), a.x_step = C;
-      } else {
-        const State s = node(source, together, apart);
-        a.H = OH, a.W = OW, a.x = s.data, a.x_step = s.step;
-      }
+      a.N = N, a.C = width, a.stride = static_cast<int>(list[i].stride), a.OH = OH, a.OW = OW;
+      a.H = source < sources ? inputs[source].size(2) : OH, a.W = source < sources ? inputs[source].size(3) : OW;
+      const State from_state = state(source, together, apart);
+      a.x = from_state.data, a.x_step = from_state.step;
       STD_TORCH_CHECK((a.H - 1) / a.stride + 1 == OH && (a.W - 1) / a.stride + 1 == OW, op,
                       ": edges lead to maps of different sizes");
+      STD_TORCH_CHECK(k == 1 || (a.H % a.stride == 0 && a.W % a.stride == 0), op,
+                      ": with k > 1, stride 2 needs an even height and width");
       a.weights = weights.const_data_ptr();
       for (; i < list.size() && list[i].source == source; ++i) {
         STD_TORCH_CHECK(list[i].stride == a.stride, op, ": the edges that leave one state must have one stride");
         add_edge(op, a, inputs[0], &plan[i * candidates * kPlanFields], candidates,
                  static_cast<int>(list[i].row * candidates), from);
       }
-      for (int k = 0; k < a.stages_count; ++k) a.stages[k].out = static_cast<char*>(outs) + (stage + k) * map_bytes();
+      for (int s = 0; s < a.stages_count; ++s)
+        a.stages[s].out = static_cast<char*>(outs) + (stage + s) * map_bytes(width);
       stage += a.stages_count, norm += a.norms;
     }
     STD_TORCH_CHECK(from.param == params.size() && from.map == maps.size(), op,
@@ -127,10 +158,51 @@ class Cell {
     for (size_t i = 0; i < plan.size(); i += kPlanFields) n += plan[i + 4] ? plan[i + 4] : plan[i + 1];
     return n;
   }
-  // Uninitialised maps that only fastnas sees, (count, N, OH, OW, C).
-  Tensor blob(int64_t count) const {
-    if (count == 0) return empty({0, N, OH, OW, C}, inputs[0].scalar_type(), inputs[0]);
-    return empty_blob({count, N, OH, OW, C}, inputs[0]);
+  // Uninitialised maps that only fastnas sees, (count, N, OH, OW, channels).
+  Tensor blob(int64_t count, int64_t channels) const {
+    if (count == 0) return empty({0, N, OH, OW, channels}, inputs[0].scalar_type(), inputs[0]);
+    return empty_blob({count, N, OH, OW, channels}, inputs[0]);
+  }
+
+  // What the kernels of partial_channels are told of maps of H x W pixels.
+  PartialChannelsArgs partial(int64_t H, int64_t W) const {
+    PartialChannelsArgs a;
+    a.N = N, a.C = C, a.H = H, a.W = W, a.k = static_cast<int>(k), a.edge_weights = edge_weights;
+    return a;
+  }
+
+  // Replaces the fan's x by a compact copy of the channels that its candidates have.
+  Tensor narrow(MixedOpArgs& a) const {
+    PartialChannelsArgs p = partial(a.H, a.W);
+    Tensor active = empty_map({N, width, a.H, a.W}, inputs[0]);
+    p.x = a.x, p.x_step = a.x_step, p.out = active.mutable_data_ptr();
+    FASTNAS_DISPATCH(active.scalar_type(), "mixed_cell",
+                     [&](auto t) { FASTNAS_CALL(active, partial_channels_split<decltype(t)>, p); });
+    a.x = p.out, a.x_step = width;
+    return active;
+  }
+
+  // Writes a node, whose edges' candidates add up to `mixed`.
+  void merge(int n, void* together, void* apart, const void* mixed) const {
+    PartialChannelsArgs p = partial(OH, OW);
+    for (const CellEdge& e : list)
+      if (e.node == n) {
+        const State from = state(e.source, together, apart);
+        p.edges[p.edges_count++] = {from.data, from.step, static_cast<int>(e.stride), e.row};
+      }
+    const State to = node(n, together, apart);
+    p.mixed = mixed, p.out = to.data, p.out_step = to.step;
+    FASTNAS_DISPATCH(inputs[0].scalar_type(), "mixed_cell",
+                     [&](auto t) { FASTNAS_CALL(inputs[0], partial_channels<decltype(t)>, p); });
+  }
+
+  // From a node's gradient that of its edges' candidates, to `grad_mixed`.
+  void unmerge(State grad, void* grad_mixed) const {
+    PartialChannelsArgs p = partial(OH, OW);
+    p.edges[p.edges_count++] = {grad.data, grad.step};
+    p.out = grad_mixed;
+    FASTNAS_DISPATCH(inputs[0].scalar_type(), "mixed_cell",
+                     [&](auto t) { FASTNAS_CALL(inputs[0], partial_channels_backward<decltype(t)>, p); });
   }
 
   const char* op;
@@ -139,16 +211,18 @@ class Cell {
   const std::vector<Tensor>&params, &maps;
   const std::vector<int64_t>& plan;
   std::vector<CellEdge> list;
-  int sources, states, kept, candidates;  // kept: nodes that are not concatenated
-  int64_t N, C, OH, OW, bytes, concat;
+  const int64_t k;
+  int sources, states, kept, candidates;       // kept: nodes that are not concatenated
+  int64_t N, C, width, OH, OW, bytes, concat;  // width: channels of the candidates
+  const void* edge_weights = nullptr;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
-    const std::vector<Tensor>& inputs, const Tensor& weights, const std::vector<Tensor>& params,
-    const std::vector<Tensor>& maps, const std::vector<int64_t>& plan, const std::vector<int64_t>& edges,
-    int64_t concat, const std::vector<double>& eps, const std::optional<Tensor>& mean,
-    const std::optional<Tensor>& invstd) {
-  Cell cell("mixed_cell", inputs, weights, params, maps, plan, edges, concat);
+    const std::vector<Tensor>& inputs, const Tensor& weights, const std::optional<Tensor>& edge_weights,
+    const std::vector<Tensor>& params, const std::vector<Tensor>& maps, const std::vector<int64_t>& plan,
+    const std::vector<int64_t>& edges, int64_t concat, int64_t k, const std::vector<double>& eps,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd) {
+  Cell cell("mixed_cell", inputs, weights, params, maps, plan, edges, concat, k, edge_weights);
   const Tensor& x = inputs[0];
   const int64_t norms = cell.count_norms();
   STD_TORCH_CHECK(static_cast<int64_t>(eps.size()) == norms, "mixed_cell: eps must have one entry for each of the ",
@@ -157,10 +231,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
   OnDevice guard(x);
   const bool training = !mean.has_value();
   Tensor y = empty_map({cell.N, concat * cell.C, cell.OH, cell.OW}, x);
-  Tensor states = cell.blob(cell.kept), outs = cell.blob(cell.count_stages());
+  Tensor states = cell.blob(cell.kept, cell.C), outs = cell.blob(cell.count_stages(), cell.width);
+  Tensor sums = cell.blob(k > 1 ? cell.states - cell.sources : 0, cell.width);
+  auto sum = [&](int node) {
+    return static_cast<char*>(sums.mutable_data_ptr()) + (node - cell.sources) * cell.map_bytes(cell.width);
+  };
   std::vector<Tensor> statistics;
-  for (int i = 0; i < 3; ++i) statistics.push_back(empty({training ? norms : 0, cell.C}, compute_dtype(x), x));
-  std::vector<bool> begun(cell.states);
+  for (int i = 0; i < 3; ++i) statistics.push_back(empty({training ? norms : 0, cell.width}, compute_dtype(x), x));
+  std::vector<bool> begun(cell.states), merged(cell.states);
   void *together = y.mutable_data_ptr(), *apart = states.mutable_data_ptr();
   cell.each_fan(false, together, apart, outs.mutable_data_ptr(),
                 [&](MixedOpArgs& a, size_t first, int64_t, int64_t norm) {
@@ -170,25 +248,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cell(
                   set_statistics("mixed_cell", a, m, s, x, norm, norms);
                   if (training)
                     a.variance = static_cast<char*>(statistics[2].mutable_data_ptr()) +
-                                 norm * cell.C * static_cast<int64_t>(statistics[2].element_size());
+                                 norm * cell.width * static_cast<int64_t>(statistics[2].element_size());
                   for (int e = 0; e < a.edges_count; ++e) {
                     const int node = cell.list[first + e].node;
-                    const State to = cell.node(node, together, apart);
+                    const State to = k > 1 ? State{sum(node), cell.width} : cell.node(node, together, apart);
                     a.edges[e].y = to.data, a.edges[e].step = to.step, a.edges[e].add = begun[node];
                     begun[node] = true;
                   }
+                  if (k == 1) return run_mixed_op(x, a, false);
+                  const int source = cell.list[first].source;
+                  if (source >= cell.sources) cell.merge(source, together, apart, sum(source)), merged[source] = true;
+                  const Tensor active = cell.narrow(a);
                   run_mixed_op(x, a, false);
                 });
+  for (int n = cell.sources; k > 1 && n < cell.states; ++n)
+    if (!merged[n]) cell.merge(n, together, apart, sum(n));
   return {std::move(y), std::move(states), std::move(outs), statistics[0], statistics[1], statistics[2]};
 }
 
-std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_cell_backward(
+// The gradient of a state, and of the edge weights, where any of them is wanted. CUDA kernels take their scratch from
+// torch's allocator.
+void run_partial_backward(const Tensor& x, PartialChannelsArgs& p) {
+  if (!p.out && !p.grad_edge_weights) return;
+  int64_t bytes = 0;
+#if defined(FASTNAS_CUDA) || defined(FASTNAS_EMULATED)
+#ifndef FASTNAS_EMULATED
+  if (x.is_cuda())
+#endif
+    bytes = cuda::partial_channels_workspace(p);
+#endif
+  Tensor scratch = empty({bytes}, ScalarType::Byte, x);
+  p.workspace = scratch.mutable_data_ptr();
+  FASTNAS_DISPATCH(x.scalar_type(), "_mixed_cell_backward",
+                   [&](auto t) { FASTNAS_CALL(x, partial_channels_split_backward<decltype(t)>, p); });
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_cell_backward(
     const Tensor& grad, const std::vector<Tensor>& inputs, const Tensor& y, const Tensor& states, const Tensor& weights,
-    const std::vector<Tensor>& params, const std::vector<Tensor>& maps, const Tensor& outs, const Tensor& mean,
-    const Tensor& invstd, const std::vector<int64_t>& plan, const std::vector<int64_t>& edges, int64_t concat,
-    bool training, const std::vector<int64_t>& need_inputs, bool need_params, bool need_maps) {
+    const std::optional<Tensor>& edge_weights, const std::vector<Tensor>& params, const std::vector<Tensor>& maps,
+    const Tensor& outs, const Tensor& mean, const Tensor& invstd, const std::vector<int64_t>& plan,
+    const std::vector<int64_t>& edges, int64_t concat, int64_t k, bool training,
+    const std::vector<int64_t>& need_inputs, bool need_edge_weights, bool need_params, bool need_maps) {
   const char* op = "_mixed_cell_backward";
-  Cell cell(op, inputs, weights, params, maps, plan, edges, concat);
+  Cell cell(op, inputs, weights, params, maps, plan, edges, concat, k, edge_weights);
   const Tensor& x = inputs[0];
   for (const Tensor* t : {&grad, &y})
     STD_TORCH_CHECK(is_channels_last(*t) && t->size(0) == cell.N && t->size(1) == concat * cell.C &&
@@ -196,12 +298,13 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
                         t->device() == x.device(),
                     op, ": grad and y must be channels_last, of the output's shape, dtype and device");
   STD_TORCH_CHECK(need_inputs.size() == inputs.size(), op, ": need_inputs must have one entry an input");
-  STD_TORCH_CHECK(states.is_contiguous() && states.numel() * cell.bytes == cell.kept * cell.map_bytes() &&
-                      outs.is_contiguous() && outs.numel() * cell.bytes == cell.count_stages() * cell.map_bytes(),
+  STD_TORCH_CHECK(states.is_contiguous() && states.numel() * cell.bytes == cell.kept * cell.map_bytes(cell.C) &&
+                      outs.is_contiguous() &&
+                      outs.numel() * cell.bytes == cell.count_stages() * cell.map_bytes(cell.width),
                   op, ": states and outs must be those of the forward");
   OnDevice guard(x);
   // Each node's gradient is complete when the fan that leaves it has run; a node that no edge leaves has that of y.
-  Tensor together = empty_map({cell.N, concat * cell.C, cell.OH, cell.OW}, x), apart = cell.blob(cell.kept);
+  Tensor together = empty_map({cell.N, concat * cell.C, cell.OH, cell.OW}, x), apart = cell.blob(cell.kept, cell.C);
   std::vector<bool> leaves(cell.states);
   for (const CellEdge& e : cell.list) leaves[e.source] = true;
   std::vector<Tensor> grad_inputs, grad_params, grad_maps;
@@ -220,6 +323,18 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
   void *out_together = const_cast<void*>(y.const_data_ptr()), *out_apart = const_cast<void*>(states.const_data_ptr());
   void *to_together = together.mutable_data_ptr(), *to_apart = apart.mutable_data_ptr();
   void* from_grad = const_cast<void*>(grad.const_data_ptr());
+  // Where the complete gradient of a node lies.
+  auto gradient = [&](int n) {
+    return leaves[n] ? cell.node(n, to_together, to_apart) : cell.node(n, from_grad, nullptr);
+  };
+  need_edge_weights &= edge_weights.has_value();
+  Tensor grad_edge_weights = torch::stable::new_zeros(weights, {need_edge_weights ? weights.size(0) : 0});
+  Tensor grad_sums = cell.blob(k > 1 ? cell.states - cell.sources : 0, cell.width);
+  auto grad_sum = [&](int node) {
+    return static_cast<char*>(grad_sums.mutable_data_ptr()) + (node - cell.sources) * cell.map_bytes(cell.width);
+  };
+  for (int n = cell.sources; k > 1 && n < cell.states; ++n)
+    if (!leaves[n]) cell.unmerge(gradient(n), grad_sum(n));
   size_t param = params.size(), map = maps.size();
   cell.each_fan(true, out_together, out_apart, const_cast<void*>(outs.const_data_ptr()),
                 [&](MixedOpArgs& a, size_t first, int64_t, int64_t norm) {
@@ -228,8 +343,7 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
                   a.grad_weights = grad_weights.mutable_data_ptr();
                   for (int e = 0; e < a.edges_count; ++e) {
                     const int node = cell.list[first + e].node;
-                    const State from =
-                        leaves[node] ? cell.node(node, to_together, to_apart) : cell.node(node, from_grad, nullptr);
+                    const State from = k > 1 ? State{grad_sum(node), cell.width} : gradient(node);
                     a.edges[e].grad = from.data, a.edges[e].step = from.step;
                   }
                   const int source = cell.list[first].source;
@@ -242,8 +356,8 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
                     a.grad_x = grad_inputs[source].mutable_data_ptr(), a.grad_x_step = cell.C;
                   }
                   std::vector<Tensor> chain;
-                  for (int k = a.stages_count - 1; k >= 0; --k) {
-                    Stage& s = a.stages[k];
+                  for (int i = a.stages_count - 1; i >= 0; --i) {
+                    Stage& s = a.stages[i];
                     param -= s.dense ? 1 : 2;
                     if (need_params) {
                       size_t at = param;
@@ -251,7 +365,7 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
                       s.grad_pointwise = grad_params[at].mutable_data_ptr();
                     }
                     if (s.source >= 0) {
-                      chain.push_back(empty_map({cell.N, cell.C, cell.OH, cell.OW}, x));
+                      chain.push_back(empty_map({cell.N, cell.width, cell.OH, cell.OW}, x));
                       a.stages[s.source].grad_norm = chain.back().mutable_data_ptr();
                     }
                   }
@@ -260,22 +374,45 @@ std::tuple<std::vector<Tensor>, Tensor, std::vector<Tensor>, std::vector<Tensor>
                       --map;
                       if (need_maps) a.terms[t].grad = grad_maps[map].mutable_data_ptr();
                     }
+                  if (k == 1) return run_mixed_op(x, a, true);
+                  // The fan gives the gradient of the channels that its candidates have; the others' is added here.
+                  PartialChannelsArgs p = cell.partial(a.H, a.W);
+                  p.x = a.x, p.x_step = a.x_step;
+                  p.out = std::exchange(a.grad_x, nullptr), p.out_step = a.grad_x_step;
+                  p.grad_add = std::exchange(a.grad_add, nullptr), p.grad_add_step = a.grad_add_step;
+                  if (need_edge_weights) p.grad_edge_weights = grad_edge_weights.mutable_data_ptr();
+                  for (int e = 0; e < a.edges_count; ++e) {
+                    const CellEdge& edge = cell.list[first + e];
+                    const State from = gradient(edge.node);
+                    p.edges[p.edges_count++] = {from.data, from.step, a.stride, edge.row};
+                  }
+                  const Tensor active = cell.narrow(a);
+                  std::optional<Tensor> grad_active;
+                  if (p.out) {
+                    grad_active = empty_map({cell.N, cell.width, a.H, a.W}, x);
+                    p.grad_active = a.grad_x = grad_active->mutable_data_ptr();
+                    a.grad_x_step = cell.width;
+                  }
                   run_mixed_op(x, a, true);
+                  run_partial_backward(x, p);
+                  if (source >= cell.sources) cell.unmerge(gradient(source), grad_sum(source));
                 });
-  return {std::move(grad_inputs), std::move(grad_weights), std::move(grad_params), std::move(grad_maps)};
+  return {std::move(grad_inputs), std::move(grad_weights), std::move(grad_edge_weights), std::move(grad_params),
+          std::move(grad_maps)};
 }
 }  // namespace
 }  // namespace fastnas
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTNAS_OPS, m) {
   m.def(
-      "mixed_cell(Tensor[] inputs, Tensor weights, Tensor[] params, Tensor[] maps, int[] plan, int[] edges, int "
-      "concat, "
-      "float[] eps, Tensor? mean, Tensor? invstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "mixed_cell(Tensor[] inputs, Tensor weights, Tensor? edge_weights, Tensor[] params, Tensor[] maps, int[] plan, "
+      "int[] edges, int concat, int k, float[] eps, Tensor? mean, Tensor? invstd) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
-      "_mixed_cell_backward(Tensor grad, Tensor[] inputs, Tensor y, Tensor states, Tensor weights, Tensor[] params, "
-      "Tensor[] maps, Tensor outs, Tensor mean, Tensor invstd, int[] plan, int[] edges, int concat, bool training, "
-      "int[] need_inputs, bool need_params, bool need_maps) -> (Tensor[], Tensor, Tensor[], Tensor[])");
+      "_mixed_cell_backward(Tensor grad, Tensor[] inputs, Tensor y, Tensor states, Tensor weights, Tensor? "
+      "edge_weights, Tensor[] params, Tensor[] maps, Tensor outs, Tensor mean, Tensor invstd, int[] plan, int[] edges, "
+      "int concat, int k, bool training, int[] need_inputs, bool need_edge_weights, bool need_params, bool need_maps) "
+      "-> (Tensor[], Tensor, Tensor, Tensor[], Tensor[])");
 }
 FASTNAS_IMPL("mixed_cell", &fastnas::mixed_cell)
 FASTNAS_IMPL("_mixed_cell_backward", &fastnas::mixed_cell_backward)

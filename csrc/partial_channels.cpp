@@ -4,6 +4,7 @@
 
 namespace fastnas {
 namespace {
+// Geometry of (N, C, H, W), over which an edge of this stride goes.
 PartialChannelsArgs arguments(const char* op, const std::vector<int64_t>& size, int64_t k, int64_t stride) {
   STD_TORCH_CHECK(size.size() == 4, op, ": x must be 4-d, (N, C, H, W)");
   STD_TORCH_CHECK(k >= 1 && k <= INT32_MAX && size[1] % k == 0, op, ": k = ", k, " must divide the ", size[1],
@@ -12,7 +13,8 @@ PartialChannelsArgs arguments(const char* op, const std::vector<int64_t>& size, 
   STD_TORCH_CHECK(size[2] % stride == 0 && size[3] % stride == 0, op, ": stride 2 needs an even height and width");
   PartialChannelsArgs a;
   a.N = size[0], a.C = size[1], a.H = size[2], a.W = size[3];
-  a.k = static_cast<int>(k), a.stride = static_cast<int>(stride);
+  a.k = static_cast<int>(k);
+  a.x_step = a.out_step = a.C;
   return a;
 }
 
@@ -56,7 +58,7 @@ Tensor partial_channels_split_backward(const std::optional<Tensor>& grad_active,
   }
   if (grad) {
     check(op, "grad", *grad, {a.N, a.C, a.H / stride, a.W / stride}, like);
-    a.grad = grad->const_data_ptr();
+    a.edges[a.edges_count++] = {grad->const_data_ptr(), a.C, static_cast<int>(stride)};
     STD_TORCH_CHECK(x || stride == 1, op, ": stride 2 needs x");
   }
   if (x) {
@@ -78,8 +80,9 @@ Tensor partial_channels(const Tensor& mixed, const Tensor& x, int64_t k, int64_t
   check(op, "x", x, sizes(x), x);
   check(op, "mixed", mixed, {a.N, a.C / k, a.H / stride, a.W / stride}, x);
   OnDevice guard(x);
-  Tensor y = empty_channels_last({a.N, a.C, a.H / stride, a.W / stride}, x);
-  a.x = x.const_data_ptr();
+  a.H /= stride, a.W /= stride;
+  Tensor y = empty_channels_last({a.N, a.C, a.H, a.W}, x);
+  a.edges[a.edges_count++] = {x.const_data_ptr(), a.C, static_cast<int>(stride)};
   a.mixed = mixed.const_data_ptr();
   a.out = y.mutable_data_ptr();
   if (y.numel() > 0)
@@ -94,7 +97,7 @@ Tensor partial_channels_backward(const Tensor& grad, int64_t k) {
   check(op, "grad", grad, sizes(grad), grad);
   OnDevice guard(grad);
   Tensor grad_mixed = empty_channels_last({a.N, a.C / k, a.H, a.W}, grad);
-  a.grad = grad.const_data_ptr();
+  a.edges[a.edges_count++] = {grad.const_data_ptr(), a.C};
   a.out = grad_mixed.mutable_data_ptr();
   if (grad_mixed.numel() > 0)
     FASTNAS_DISPATCH(grad.scalar_type(), "_partial_channels_backward",

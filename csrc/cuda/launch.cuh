@@ -58,6 +58,14 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
+// The sum of `count` values that lie `stride` elements apart, in order.
+template <class A>
+__device__ inline double strided_sum(const A* values, int64_t count, int64_t stride) {
+  double sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(values[j * stride]);
+  return sum;
+}
+
 // The sum over the block, in thread 0, in an order that depends on the block's size alone.
 // Every thread calls it; blockDim.x is a multiple of 32, and the block is one-dimensional.
 template <class T>

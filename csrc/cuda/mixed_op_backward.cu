@@ -460,8 +460,7 @@ __global__ void __launch_bounds__(kBlock)
   if (i >= size) return;
   const A* from = is_pointwise ? static_cast<const A*>(scratch.pointwise) + stage * scratch.pointwise_size
                                : static_cast<const A*>(scratch.depthwise) + stage * chunks * kMaxTaps * a.C;
-  double sum = 0;
-  for (int64_t j = 0; j < chunks; ++j) sum += static_cast<double>(from[j * size + i]);
+  const double sum = strided_sum(from + i, chunks, size);
   if (is_pointwise) i = i % square * squares(s) + i / square;  // the taps are innermost in the weights
   static_cast<T*>(is_pointwise ? s.grad_pointwise : s.grad_depthwise)[i] = static_cast<T>(sum);
 }

@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kBlock)
   using A = compute_t<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x, size = a.channels * a.in;
   if (i >= size) return;
-  double sum = 0;
-  for (int64_t j = 0; j < chunks; ++j) sum += static_cast<double>(static_cast<const A*>(a.workspace)[j * size + i]);
+  const double sum = strided_sum(static_cast<const A*>(a.workspace) + i, chunks, size);
   const int64_t second = a.begin[1] * a.in;
   static_cast<T*>(a.grad_weights[i < second ? 0 : 1])[i < second ? i : i - second] = static_cast<T>(sum);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,15 @@ class Cell(nn.Module):
             for i in range(steps)
             for j in range(2 + i)
         )
-        self._fused = FusedCell([(j, 2 + i) for i in range(steps) for j in range(2 + i)], 2, multiplier)
+        self._fused = self._fuse()
+
+    def _fuse(self) -> FusedCell:
+        return FusedCell([(j, 2 + i) for i in range(self._steps) for j in range(2 + i)], 2, self._multiplier)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_fused" not in state:  # pickled by fastnas 0.1
+            self._fused = self._fuse()
 
     def forward(
         self,
@@ -80,10 +89,9 @@ class Cell(nn.Module):
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         weights, edges = as_table(weights, s0.device), len(self._ops)
-        factored = weights[:edges]
         if edge_weights is not None:
-            factored = factored * as_table(edge_weights, s0.device)[:edges, None]
-        y = self._fused.run(self._ops, states, factored)
+            edge_weights = as_table(edge_weights, s0.device)[:edges]
+        y = self._fused.run(self._ops, states, weights[:edges], edge_weights)
         if y is not None:
             return y
         edge = 0

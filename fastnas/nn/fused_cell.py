@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from fastnas import _library
 from fastnas.nn.batch_norm import given_statistics, special, update_tracked
 from fastnas.nn.mixed_op import MixedOp, Plan
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
+from fastnas.ops.partial_channels import partial_channels_split
+
+_Known: TypeAlias = tuple[list[Plan], list[CellEdge] | None, int]
 
 
 class FusedCell:
@@ -27,10 +31,7 @@ class FusedCell:
         self._inputs = inputs
         self._concat = concat
         self._order = sorted(range(len(wiring)), key=wiring.__getitem__)
-        self._known: tuple[list[Plan], list[CellEdge] | None] = (
-            [],
-            None,
-        )  # in this order; written at once, for threads
+        self._known: _Known = ([], None, 1)  # in this order; written at once, for threads
 
     def __deepcopy__(self, memo: dict[int, object]) -> FusedCell:
         return FusedCell(self._wiring, self._inputs, self._concat)  # the copy's modules are others
@@ -38,18 +39,21 @@ class FusedCell:
     def __reduce__(self) -> tuple[type[FusedCell], tuple[object, ...]]:
         return FusedCell, (self._wiring, self._inputs, self._concat)
 
-    def run(self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+    def run(
+        self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
+    ) -> Tensor | None:
         """Returns the cell's output; None where its edges have to be run one by one.
 
         Args:
             ops: the edges, as in the wiring.
             inputs: the first states, (N, C, H, W).
             weights: (E, O).
+            edge_weights: (E,), factors of the edges' outputs; all 1 where None.
 
         Raises:
             ValueError: where the inputs have other channels than the edges.
         """
-        plans, edges = self._current(ops)
+        plans, edges, k = self._current(ops)
         x = inputs[0]
         if edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs):
             return None
@@ -57,10 +61,12 @@ class FusedCell:
             return None
         params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
         norms = [n for plan in plans for n in plan.norms]
-        wrong = [n.num_features for n in norms if n.num_features != x.shape[1]]
+        wrong = [n.num_features * k for n in norms if n.num_features * k != x.shape[1]]
         if wrong:
             raise ValueError(f"x has {x.shape[1]} channels: expected {wrong[0]}, as the candidates were made for")
-        maps = [h(inputs[e.source]) for e, plan in zip(edges, plans, strict=True) for h in plan.heads]
+        heads = {e.source for e, plan in zip(edges, plans, strict=True) if plan.heads}
+        active = {s: partial_channels_split(inputs[s], k)[0] if k > 1 else inputs[s] for s in heads}
+        maps = [h(active[e.source]) for e, plan in zip(edges, plans, strict=True) for h in plan.heads]
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             inputs, params, maps = ([t.to(dtype) for t in ts] for ts in (inputs, params, maps))
@@ -73,22 +79,25 @@ class FusedCell:
             concat=self._concat,
             eps=[n.eps for n in norms],
             statistics=None if plans[0].training or not norms else given_statistics(norms),
+            k=k,
+            edge_weights=edge_weights,
         )
         update_tracked(norms, result)
         return result.y
 
-    def _current(self, ops: nn.ModuleList) -> tuple[list[Plan], list[CellEdge] | None]:
-        """Returns what the edges are now, in the op's order, and how the op is told; None where it cannot be."""
+    def _current(self, ops: nn.ModuleList) -> _Known:
+        """Returns what the edges are now, in the op's order, how the op is told (None where it cannot be), and k."""
         modules: list[MixedOp] = []
         for i in self._order:
             edge = ops[i]
-            if type(edge) is not MixedOp or edge.k != 1 or special(edge):
-                return [], None
+            if type(edge) is not MixedOp or special(edge):
+                return [], None, 1
             modules.append(edge)
         plans = [e.described() for e in modules]
-        known, edges = self._known
-        if len(plans) == len(known) and all(a is b for a, b in zip(plans, known, strict=True)):
-            return known, edges
+        known = self._known
+        if len(plans) == len(known[0]) and all(a is b for a, b in zip(plans, known[0], strict=True)):
+            return known
+        k = modules[0].k
         edges = [
             CellEdge(*self._wiring[i], plan.stride, i, plan.candidates)
             for i, plan in zip(self._order, plans, strict=True)
@@ -100,7 +109,8 @@ class FusedCell:
             and len(strides) == len({source for source, _ in strides})
             and all(e.stride == 1 and not p.heads for e, p in inner)
             and all(p.known for p in plans)
-            and fits(edges)
+            and all(m.k == k for m in modules)
+            and fits(edges, k)
         )
-        self._known = (plans, edges if fused else None)
+        self._known = (plans, edges if fused else None, k)
         return self._known

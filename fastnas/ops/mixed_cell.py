@@ -27,6 +27,7 @@ from fastnas.ops.mixed_op import (
     mean_and_invstd,
     mixed_op_reference,
 )
+from fastnas.ops.partial_channels import check_split, partial_channels_reference, partial_channels_split_reference
 
 
 class CellEdge(NamedTuple):
@@ -48,10 +49,12 @@ def mixed_cell_reference(
     concat: int,
     eps: Sequence[float],
     statistics: tuple[Tensor, Tensor] | None,
+    k: int = 1,
+    edge_weights: Tensor | None = None,
 ) -> MixedOpResult:
     """Returns what :func:`mixed_cell` does, in plain PyTorch."""
     states = dict(enumerate(inputs))
-    c = inputs[0].shape[1]
+    c = inputs[0].shape[1] // k
     means: list[Tensor] = []
     variances: list[Tensor] = []
     param = mapped = norm = 0
@@ -60,12 +63,16 @@ def mixed_cell_reference(
         count = sum(len(o.shapes(c)) for o in e.candidates)
         outside = sum(o.kind == "map" for o in e.candidates)
         given = None if statistics is None else (statistics[0][norm : norm + norms], statistics[1][norm : norm + norms])
+        x = states[e.source]
         result = mixed_op_reference(
-            *(states[e.source], weights[e.row], e.candidates, params[param : param + count]),
+            *(partial_channels_split_reference(x, k), weights[e.row], e.candidates, params[param : param + count]),
             *(maps[mapped : mapped + outside], e.stride, eps[norm : norm + norms], given),
         )
         param, mapped, norm = param + count, mapped + outside, norm + norms
-        states[e.node] = states[e.node] + result.y if e.node in states else result.y
+        y = partial_channels_reference(result.y, x, k, e.stride)
+        if edge_weights is not None:
+            y = edge_weights[e.row].to(y.dtype) * y
+        states[e.node] = states[e.node] + y if e.node in states else y
         if result.mean is not None and result.variance is not None:
             means.append(result.mean)
             variances.append(result.variance)
@@ -83,42 +90,45 @@ class _MixedCell(torch.autograd.Function):
         plan: list[int],
         edges: list[int],
         concat: int,
+        k: int,
         eps: list[float],
         statistics: tuple[Tensor, Tensor] | None,
         counts: tuple[int, int],
         weights: Tensor,
+        edge_weights: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_inputs, n_params = counts
         inputs, params, maps = tensors[:n_inputs], tensors[n_inputs:][:n_params], tensors[n_inputs + n_params :]
         given = statistics if statistics is not None else (None, None)
         y, states, outs, mean, invstd, variance = ops.mixed_cell(
-            inputs, weights, params, maps, plan, edges, concat, eps, *given
+            inputs, weights, edge_weights, params, maps, plan, edges, concat, k, eps, *given
         )
-        ctx.call = (ops, plan, edges, concat, statistics is None, counts)
-        ctx.save_for_backward(y, states, outs, *(statistics or (mean, invstd)), weights, *tensors)
+        ctx.call = (ops, plan, edges, concat, k, statistics is None, counts)
+        ctx.save_for_backward(y, states, outs, *(statistics or (mean, invstd)), weights, edge_weights, *tensors)
         ctx.mark_non_differentiable(mean, variance)
         return y, mean, variance
 
     @staticmethod
     @_common.differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        ops, plan, edges, concat, training, (n_inputs, n_params) = ctx.call
-        y, states, outs, mean, invstd, weights, *tensors = saved
+        ops, plan, edges, concat, k, training, (n_inputs, n_params) = ctx.call
+        y, states, outs, mean, invstd, weights, edge_weights, *tensors = saved
         inputs, params, maps = tensors[:n_inputs], tensors[n_inputs:][:n_params], tensors[n_inputs + n_params :]
-        need = ctx.needs_input_grad[8:]
+        need_weights, need_edge_weights, *need = ctx.needs_input_grad[8:]
         need_inputs = need[:n_inputs]
         need_params, need_maps = any(need[n_inputs:][:n_params]), any(need[n_inputs + n_params :])
         y, *inputs = (t.contiguous(memory_format=torch.channels_last) for t in (y, *inputs))  # hooks may have unpacked
         maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]  # them in another layout
-        grad_inputs, grad_weights, grad_params, grad_maps = ops._mixed_cell_backward(
-            grad.contiguous(memory_format=torch.channels_last),
-            *(inputs, y, states, weights, params, maps, outs, mean, invstd, plan, edges, concat, training),
-            *([int(n) for n in need_inputs], need_params, need_maps),
+        grad_inputs, grad_weights, grad_edge_weights, grad_params, grad_maps = ops._mixed_cell_backward(
+            *(grad.contiguous(memory_format=torch.channels_last), inputs, y, states, weights, edge_weights, params),
+            *(maps, outs, mean, invstd, plan, edges, concat, k, training),
+            *([int(n) for n in need_inputs], need_edge_weights, need_params, need_maps),
         )
         return (
-            *(None,) * 7,
-            grad_weights if ctx.needs_input_grad[7] else None,
+            *(None,) * 8,
+            grad_weights if need_weights else None,
+            grad_edge_weights if need_edge_weights else None,
             *(g if n else None for g, n in zip(grad_inputs, need_inputs, strict=True)),
             *(grad_params if need_params else (None,) * n_params),
             *(grad_maps if need_maps else (None,) * len(maps)),
@@ -135,36 +145,42 @@ def mixed_cell(
     concat: int,
     eps: Sequence[float] | float = 1e-5,
     statistics: tuple[Tensor, Tensor] | None = None,
+    k: int = 1,
+    edge_weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> MixedOpResult:
     """Returns the last ``concat`` states of a cell, concatenated, and the batch statistics of its batch norms.
 
     ``params``, ``maps`` and the batch norms are those of the edges in order, each edge's as
-    :func:`fastnas.ops.mixed_op.mixed_op` lists them. Cells in which too much leaves one state (more than 8 edges, 40
-    candidates or 32 convolutional stages) run on the reference.
+    :func:`fastnas.ops.mixed_op.mixed_op` lists them. With k > 1 every edge sends the first C/k channels through its
+    candidates, as :mod:`fastnas.ops.partial_channels` does (PC-DARTS, arXiv:1907.05737). Cells in which too much leaves
+    one state (more than 8 edges, 40 candidates or 32 convolutional stages), or with k > 1 more than 8 edges lead to
+    one, run on the reference.
 
     Args:
         inputs: states 0, 1, ...: shape (N, C, H, W) each; those that edges of stride 2 leave are twice as large.
         weights: (rows, candidates), any floating dtype; edges have equally many candidates.
         edges: sorted by source; each node has edges in, and has edges out unless it is concatenated. All edges that
             leave one state have one stride.
-        params: parameters of the convolutional candidates.
-        maps: tensors of the candidates of kind ``map``, from before their batch norm where they have one.
+        params: parameters of the convolutional candidates, which have C/k channels.
+        maps: tensors of the candidates of kind ``map``, from before their batch norm where they have one; C/k channels.
         concat: how many of the last nodes are concatenated to the result, (N, concat * C, OH, OW).
         eps: of the batch norms: one for all, or one each.
-        statistics: mean and biased variance to normalise with instead of the batch's, each (norms, C).
+        statistics: mean and biased variance to normalise with instead of the batch's, each (norms, C/k).
+        k: one channel in k goes to the candidates; with stride 2 and k > 1 heights and widths must be even.
+        edge_weights: (rows,), any floating dtype: factors of the edges' outputs; all 1 where None.
         backend: ``"native"`` or ``"reference"``; default: the current one.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    out = _check(inputs, weights, edges, params, maps, concat)
+    out = _check(inputs, weights, edges, params, maps, concat, k, edge_weights)
     norms = sum(o.norms for e in edges for o in e.candidates)
     eps = check_norms(norms, eps, statistics, out)
     x = inputs[0]
     ops = _library.namespace(backend, x)
-    if ops is None or any(i.numel() == 0 for i in inputs) or not fits(edges):
-        return mixed_cell_reference(inputs, weights, edges, params, maps, concat, eps, statistics)
+    if ops is None or any(i.numel() == 0 for i in inputs) or not fits(edges, k):
+        return mixed_cell_reference(inputs, weights, edges, params, maps, concat, eps, statistics, k, edge_weights)
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu" and ops is torch.ops.fastnas:
         inputs = [i.float() for i in inputs]  # the CPU kernels take float32 and float64
@@ -172,9 +188,13 @@ def mixed_cell(
     compute = _common.compute_dtype(inputs[0])
     if statistics is not None:
         statistics = mean_and_invstd(statistics, eps, compute)
+    weights = weights.to(compute)
+    if edge_weights is not None:
+        edge_weights = edge_weights.to(compute).contiguous()
+        weights = weights * edge_weights[:, None]
     y, mean, variance = _MixedCell.apply(  # type: ignore[no-untyped-call]
         *(ops, [v for e in edges for o in e.candidates for v in o.row], [v for e in edges for v in e[:4]], concat),
-        *(eps, statistics, (len(inputs), len(params)), weights.to(compute).contiguous()),
+        *(k, eps, statistics, (len(inputs), len(params)), weights.contiguous(), edge_weights if k > 1 else None),
         *(i.contiguous(memory_format=torch.channels_last) for i in inputs),
         *((p if p.dtype == native else p.to(native)).contiguous() for p in params),
         *(m.to(native).contiguous(memory_format=torch.channels_last) for m in maps),
@@ -183,8 +203,11 @@ def mixed_cell(
     return MixedOpResult(y, None, None) if statistics is not None else MixedOpResult(y, mean, variance)
 
 
-def fits(edges: Sequence[CellEdge]) -> bool:
-    """Tells whether the native ops can take what leaves each state."""
+def fits(edges: Sequence[CellEdge], k: int = 1) -> bool:
+    """Tells whether the native ops can take what leaves each state, and with k > 1 what leads to each node."""
+    nodes = [e.node for e in edges]
+    if k > 1 and max(map(nodes.count, nodes)) > MAX_EDGES:
+        return False
     for source in {e.source for e in edges}:
         fan = [e for e in edges if e.source == source]
         candidates = [o for e in fan for o in e.candidates]
@@ -200,6 +223,8 @@ def _check(
     params: Sequence[Tensor],
     maps: Sequence[Tensor],
     concat: int,
+    k: int,
+    edge_weights: Tensor | None,
 ) -> tuple[int, int, int, int]:
     if isinstance(inputs, Tensor) or not inputs or not edges:
         raise ValueError("inputs must be a sequence of tensors and edges one of CellEdge, neither empty")
@@ -213,6 +238,7 @@ def _check(
                 f"inputs[{i}] has shape {tuple(t.shape)}, {t.dtype} on {t.device}: expected (N, C, H, W) with N, C, "
                 f"dtype and device of inputs[0], {tuple(x.shape)}, {x.dtype} on {x.device}"
             )
+    check_split(x, k, 1)
     if [e.source for e in edges] != sorted(e.source for e in edges):
         raise ValueError("edges must be sorted by source")
     sizes: dict[int, tuple[int, int]] = {i: (t.shape[2], t.shape[3]) for i, t in enumerate(inputs)}
@@ -231,6 +257,8 @@ def _check(
         if e.source not in sizes:
             raise ValueError(f"state {e.source} has no edge in")
         h, w = sizes[e.source]
+        if k > 1 and e.stride == 2 and (h % 2 or w % 2):
+            raise ValueError(f"inputs[{e.source}] is {h}x{w}: with k > 1 and stride 2 height and width must be even")
         size = (-(-h // e.stride), -(-w // e.stride))
         if sizes.setdefault(e.node, size) != size or size != sizes[edges[0].node]:
             raise ValueError(f"edges[{i}] gives maps of {size}: expected {sizes[edges[0].node]}, as all nodes have")
@@ -250,7 +278,9 @@ def _check(
             f"weights has shape {tuple(weights.shape)}: expected at least {rows} rows of {len(edges[0].candidates)}"
         )
     _common.check_weights(weights.flatten(), weights.numel(), x)
-    n, c = x.shape[:2]
+    if edge_weights is not None:
+        _check_edge_weights(edge_weights, weights)
+    n, c = x.shape[0], x.shape[1] // k
     out = (n, c, *sizes[edges[0].node])
     every = [o for e in edges for o in e.candidates]
     for name, tensors, expected in (
@@ -266,6 +296,17 @@ def _check(
     return out
 
 
+def _check_edge_weights(edge_weights: Tensor, weights: Tensor) -> None:
+    if not isinstance(edge_weights, Tensor) or not edge_weights.is_floating_point():
+        what = edge_weights.dtype if isinstance(edge_weights, Tensor) else type(edge_weights).__name__
+        raise TypeError(f"edge_weights is {what}: expected a floating tensor")
+    if edge_weights.shape != weights.shape[:1] or edge_weights.device != weights.device:
+        raise ValueError(
+            f"edge_weights has shape {tuple(edge_weights.shape)} on {edge_weights.device}: expected one entry for each "
+            f"of the {len(weights)} rows of weights, on {weights.device}"
+        )
+
+
 def _geometry(inputs: list[Tensor], edges: list[int], concat: int) -> tuple[int, int, int, int, int]:
     """N, C, OH, OW and the number of nodes that are not concatenated."""
     n, c = inputs[0].shape[:2]
@@ -277,11 +318,13 @@ def _geometry(inputs: list[Tensor], edges: list[int], concat: int) -> tuple[int,
 def _fake(
     inputs: list[Tensor],
     weights: Tensor,
+    edge_weights: Tensor | None,
     params: list[Tensor],
     maps: list[Tensor],
     plan: list[int],
     edges: list[int],
     concat: int,
+    k: int,
     eps: list[float],
     mean: Tensor | None,
     invstd: Tensor | None,
@@ -290,8 +333,8 @@ def _fake(
     n, c, oh, ow, kept = _geometry(inputs, edges, concat)
     y = torch.empty((n, concat * c, oh, ow), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows = len(eps) if mean is None else 0
-    new_mean, new_invstd, variance = (x.new_empty((rows, c), dtype=_common.compute_dtype(x)) for _ in range(3))
-    states, outs = x.new_empty((kept, n, oh, ow, c)), x.new_empty((sum(plan[4::5]), n, oh, ow, c))
+    new_mean, new_invstd, variance = (x.new_empty((rows, c // k), dtype=_common.compute_dtype(x)) for _ in range(3))
+    states, outs = x.new_empty((kept, n, oh, ow, c)), x.new_empty((sum(plan[4::5]), n, oh, ow, c // k))
     return y, states, outs, new_mean, new_invstd, variance
 
 
@@ -301,6 +344,7 @@ def _fake_backward(
     y: Tensor,
     states: Tensor,
     weights: Tensor,
+    edge_weights: Tensor | None,
     params: list[Tensor],
     maps: list[Tensor],
     outs: Tensor,
@@ -309,14 +353,17 @@ def _fake_backward(
     plan: list[int],
     edges: list[int],
     concat: int,
+    k: int,
     training: bool,
     need_inputs: list[int],
+    need_edge_weights: bool,
     need_params: bool,
     need_maps: bool,
-) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]]:
     return (
         [torch.empty_like(i) if need else i.new_empty(0) for i, need in zip(inputs, need_inputs, strict=True)],
         torch.empty_like(weights),
+        weights.new_empty(len(weights) if need_edge_weights and edge_weights is not None else 0),
         [torch.empty_like(p) for p in params] if need_params else [],
         [torch.empty_like(m) for m in maps] if need_maps else [],
     )

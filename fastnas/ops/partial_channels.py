@@ -98,7 +98,12 @@ class _Merge(torch.autograd.Function):
         return None, grad_mixed, grad, None, None, None
 
 
-def _check_split(x: Tensor, k: int, stride: int) -> None:
+def check_split(x: Tensor, k: int, stride: int) -> None:
+    """Checks that x can be split.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}: expected a floating tensor")
     if x.dim() != 4:
@@ -128,7 +133,7 @@ def partial_channels_split(
     Raises:
         TypeError, ValueError: where an argument does not fit.
     """
-    _check_split(x, k, stride)
+    check_split(x, k, stride)
     ops = _library.namespace(backend, x)
     if ops is None:
         return partial_channels_split_reference(x, k), Bypass(x, k, stride)

@@ -17,14 +17,14 @@ from fastnas.nn import Cell, MixedOp, NASBench201Cell
 class Case:
     """A cell on random inputs, with everything that a step computes."""
 
-    def __init__(self, kind="normal", training=True):
+    def __init__(self, kind="normal", training=True, k=1):
         torch.manual_seed(0)
         size = 6 if kind != "wide" else 12
         if kind == "nasbench201":
             self.cell = NASBench201Cell(4)
             self.inputs = [torch.randn(3, 4, 6, 6)]
         else:
-            self.cell = Cell(3, 2, 8, 8, 4, kind == "reduce", kind == "wide")
+            self.cell = Cell(3, 2, 8, 8, 4 * k, kind == "reduce", kind == "wide", k=k)
             self.inputs = [torch.randn(3, 8, size, size), torch.randn(3, 8, 6, 6)]
         self.cell.double().train(training)
         self.inputs = [i.double().requires_grad_() for i in self.inputs]
@@ -60,8 +60,31 @@ def test_equals_its_edges_one_by_one(kind, training):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_edge_weights():
-    case = Case()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["normal", "reduce", "wide"])
+def test_partial_channels_equal_their_edges_one_by_one(kind, training):
+    case = Case(kind, training, k=2)
+    assert case.fused()
+    for a, b in zip(case.outcome(), case.outcome(one_by_one=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_widened_edges_are_read_again():
+    case = Case("reduce", k=4)
+    case.cell(*case.inputs, case.weights)
+    for edge in case.cell._ops:
+        edge.wider(2, torch.Generator().manual_seed(0))
+    assert case.fused()
+    for a, b in zip(case.outcome(), case.outcome(one_by_one=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    case.cell._ops[0].wider(1)
+    assert not case.fused()
+    assert case.cell(*case.inputs, case.weights).isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_edge_weights(k):
+    case = Case(k=k)
     beta = torch.rand(len(case.cell._ops), dtype=torch.float64)
     for a, b in zip(
         case.outcome(edge_weights=beta), case.outcome(edge_weights=list(beta), one_by_one=True), strict=True
@@ -211,6 +234,15 @@ def test_copies_have_their_own_parameters(duplicate):
         for p in case.cell.parameters():
             p.zero_()
     assert not torch.allclose(case.cell(*case.inputs, case.weights), y)
+
+
+def test_a_cell_that_was_pickled_whole_before_cells_were_fused():
+    case = Case()
+    expected = case.cell(*case.inputs, case.weights)
+    del case.cell._fused
+    case.cell = pickle.loads(pickle.dumps(case.cell))
+    assert case.fused()
+    torch.testing.assert_close(case.cell(*case.inputs, case.weights), expected)
 
 
 def test_autocast_gives_its_dtype():

@@ -35,3 +35,16 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         found = Target("native", "cpu", torch.ops.fastnas, _C)
     with use_backend(found.backend):  # type: ignore[arg-type]
         yield found
+
+
+@pytest.fixture(params=["native", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device), for tests that name the backend in every call: they compare two."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return "emulated", "cpu"
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or _C.build_info()["cuda"] is None:
+            pytest.skip("no GPU, or fastnas was built without CUDA")
+        return "native", "cuda"
+    return "native", "cpu"

@@ -45,6 +45,20 @@ def error(x: Tensor, exact: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(exact).clamp_min(1e-30))
 
 
+def distance(x: Tensor, y: Tensor) -> float:
+    """Returns |x - y|."""
+    return float(torch.linalg.vector_norm((x.double() - y.double()).flatten()))
+
+
+def assert_close_by_norm(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Checks that each tensor's distance is at most ``tolerance`` of the expected one's norm, or of 1e-3 if larger."""
+    assert len(got) == len(expected)
+    for i, (x, y) in enumerate(zip(got, expected, strict=True)):
+        assert x.shape == y.shape, i
+        norm = float(y.double().norm())
+        assert distance(x, y) <= tolerance * max(1e-3, norm), (i, distance(x, y), norm)
+
+
 def assert_as_precise(ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     """Checks that each of our tensors is at most twice as far from the exact one as theirs in the same dtype.
 

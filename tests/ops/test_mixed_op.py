@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_checks import assert_close_by_norm, distance
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -100,30 +101,6 @@ class Case:
         return other
 
 
-def error(a, b):
-    return float(torch.linalg.vector_norm((a.double() - b.double()).flatten()))
-
-
-def close(got, expected, tolerance):
-    assert len(got) == len(expected)
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert a.shape == b.shape
-        assert error(a, b) <= tolerance * max(1e-3, float(b.double().norm())), (i, error(a, b), float(b.norm()))
-
-
-@pytest.fixture(params=["native", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def place(request):
-    """(backend, device)"""
-    if request.param == "emulated":
-        request.getfixturevalue("emulated")
-        return "emulated", "cpu"
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        return "native", "cuda"
-    return "native", "cpu"
-
-
 SHAPES = [(3, 5, 7, 9), (2, 16, 8, 8), (1, 4, 1, 3), (3, 17, 2, 1), (2, 36, 4, 6), (1, 1, 5, 5)]
 
 
@@ -136,7 +113,7 @@ def test_equals_the_reference_in_float64(place, shape, stride, given):
     if not given and n * -(-h // stride) * -(-w // stride) < 3:
         pytest.skip("two values a channel normalise to +1 and -1: gradients vanish")
     case = Case(every(stride), shape, stride, device=device, given=given)
-    close(case.run(backend), case.run("reference"), 1e-9)
+    assert_close_by_norm(case.run(backend), case.run("reference"), 1e-9)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "transposed"])
@@ -156,7 +133,7 @@ def test_layouts(place, layout):
     case.x = x.to(device).requires_grad_()
     assert layout in ("contiguous", "channels_last") or device != "cpu" or not case.x.is_contiguous()
     case.grad = torch.randn(2, 1, 1, 7, dtype=torch.float64, device=device)  # as after .sum(): strides of 0
-    close(case.run(backend), case.run("reference"), 1e-9)
+    assert_close_by_norm(case.run(backend), case.run("reference"), 1e-9)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -168,7 +145,7 @@ def test_float32_error_is_at_most_twice_that_of_torch(place, stride):
         exact = case.to(torch.float64).run("reference")
         for i, (a, b, e) in enumerate(zip(case.run(backend), case.run("reference"), exact, strict=True)):
             ours, torchs, norm = totals.get(i, (0.0, 0.0, 0.0))
-            totals[i] = ours + error(a, e) ** 2, torchs + error(b, e) ** 2, norm + float(e.norm()) ** 2
+            totals[i] = ours + distance(a, e) ** 2, torchs + distance(b, e) ** 2, norm + float(e.norm()) ** 2
     for i, (ours, torchs, norm) in totals.items():
         assert ours**0.5 <= 2 * max(torchs**0.5, torch.finfo(torch.float32).eps * norm**0.5), i
         assert ours**0.5 <= 1e-4 * norm**0.5, i
@@ -183,7 +160,7 @@ def test_low_precision_error_is_at_most_twice_that_of_torch(place, dtype):
         exact = case.to(torch.float64).run("reference")
         for i, (a, b, e) in enumerate(zip(case.run(backend), case.run("reference"), exact, strict=True)):
             ours, torchs, norm = totals.get(i, (0.0, 0.0, 0.0))
-            totals[i] = ours + error(a, e) ** 2, torchs + error(b, e) ** 2, norm + float(e.norm()) ** 2
+            totals[i] = ours + distance(a, e) ** 2, torchs + distance(b, e) ** 2, norm + float(e.norm()) ** 2
     for i, (ours, torchs, norm) in totals.items():
         assert ours**0.5 <= 2 * max(torchs**0.5, torch.finfo(dtype).eps * norm**0.5), i
 
@@ -195,7 +172,7 @@ def test_mean_far_above_the_deviation(place, offset):
     exact = case.to(torch.float64).run("reference")
     for a, b, e in zip(case.run(backend), case.run("reference"), exact, strict=True):
         assert torch.isfinite(a).all()
-        assert error(a, e) <= 2 * max(error(b, e), 1e-5 * float(e.norm()))
+        assert distance(a, e) <= 2 * max(distance(b, e), 1e-5 * float(e.norm()))
 
 
 def test_constant_channel(place):
@@ -207,7 +184,7 @@ def test_constant_channel(place):
     result = case.call(backend)
     assert (result.variance >= 0).all()
     assert result.variance[0, 1] == 0  # max pool of a constant
-    close(case.run(backend), case.run("reference"), 1e-6)
+    assert_close_by_norm(case.run(backend), case.run("reference"), 1e-6)
 
 
 def test_first_pixel_far_from_all_others(place):
@@ -217,7 +194,7 @@ def test_first_pixel_far_from_all_others(place):
         case.x[0, :, 0, 0] = 1e3
     exact = case.to(torch.float64).run("reference")
     for a, b, e in zip(case.run(backend), case.run("reference"), exact, strict=True):
-        assert error(a, e) <= 2 * max(error(b, e), 1e-6 * float(e.norm()))
+        assert distance(a, e) <= 2 * max(distance(b, e), 1e-6 * float(e.norm()))
 
 
 def test_nan_and_infinity_in_a_pooling_window(place):
@@ -237,7 +214,7 @@ def test_ties_of_a_maximum_go_to_the_first(place):
     case = Case([Candidate("max_pool")], (2, 3, 6, 6), device=device)
     with torch.no_grad():
         case.x.copy_((torch.rand(2, 3, 6, 6) * 2).round())
-    close(case.run(backend), case.run("reference"), 1e-12)
+    assert_close_by_norm(case.run(backend), case.run("reference"), 1e-12)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -296,8 +273,8 @@ def test_graph_kept_and_two_graphs_alive(place):
     again = torch.autograd.grad(y1, one.leaves(), one.grad)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
-    close(first, one.run("reference")[3:], 1e-9)
-    close(second, two.run("reference")[3:], 1e-9)
+    assert_close_by_norm(first, one.run("reference")[3:], 1e-9)
+    assert_close_by_norm(second, two.run("reference")[3:], 1e-9)
 
 
 def test_checkpointing_and_saved_tensor_hooks(place):
@@ -330,7 +307,7 @@ def test_pools_of_one_kind_with_different_eps(place):
     backend, device = place
     case = Case([EVERY[1], EVERY[2], EVERY[1], EVERY[2]], (2, 4, 5, 5), device=device)
     case.eps = [1e-5, 1e-2, 1.0, 0.5]
-    close(case.run(backend), case.run("reference"), 1e-9)
+    assert_close_by_norm(case.run(backend), case.run("reference"), 1e-9)
 
 
 def test_kept_memory_is_bounded_and_given_back():
@@ -424,9 +401,9 @@ assert _C.build_info()["cpu_isa"] == sys.argv[2]
 for stride in (1, 2):
     for shape in [(3, 5, 7, 9), (2, 16, 8, 8), (2, 36, 4, 6)]:
         case = Case(every(stride), shape, stride)
-        close(case.run("native"), case.run("reference"), 1e-9)
+        assert_close_by_norm(case.run("native"), case.run("reference"), 1e-9)
         case = Case(every(stride), shape, stride, torch.float32)
-        close(case.run("native"), case.to(torch.float64).run("reference"), 1e-4)
+        assert_close_by_norm(case.run("native"), case.to(torch.float64).run("reference"), 1e-4)
 """
     here = str(Path(__file__).parent)
     environment = {**os.environ, "FASTNAS_CPU": isa, "OMP_NUM_THREADS": "1"}
