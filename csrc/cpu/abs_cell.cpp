@@ -27,20 +27,6 @@ FASTNAS_DECLARE(avx2)
 FASTNAS_DECLARE(avx512)
 
 namespace {
-// Memory of the arena for as long as the object lives.
-template <class T>
-class Block {
- public:
-  explicit Block(int64_t n) : memory_(arena_take(static_cast<size_t>(n) * sizeof(T))) {}
-  ~Block() { arena_give(memory_); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  T* get() const { return static_cast<T*>(memory_); }
-
- private:
-  void* memory_;
-};
-
 template <class T>
 AbsRun<T> make_run(const AbsCellArgs& a, bool backward) {
   AbsRun<T> run{};
