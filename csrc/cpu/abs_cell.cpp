@@ -27,20 +27,6 @@ FASTNAS_DECLARE(avx2)
 FASTNAS_DECLARE(avx512)
 
 namespace {
-// Memory of the arena for as long as the object lives.
-template <class T>
-class Block {
- public:
-  explicit Block(int64_t n) : memory_(arena_take(static_cast<size_t>(n) * sizeof(T))) {}
-  ~Block() { arena_give(memory_); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  T* get() const { return static_cast<T*>(memory_); }
-
- private:
-  void* memory_;
-};
-
 template <class T>
 AbsRun<T> make_run(const AbsCellArgs& a, bool backward) {
   AbsRun<T> run{};
@@ -71,7 +57,7 @@ void run_fans(AbsRun<T>& run, const void* from, int node, Parallel parallel) {
   const Block<T> merged(elements);
   T* at = merged.get();
   for (int i = 0; i + 1 < a.nodes; ++i) run.merged[i] = at, at += run.merged_size(a.fan(i, run.backward));
-  count("abs_cell_merge", abs_cell_merge_bytes(a, size, size, run.backward));
+  if (blocks > 0) count("abs_cell_merge", abs_cell_merge_bytes(a, size, size, run.backward));
   parallel(blocks, [&](int64_t begin, int64_t end) {
     const Block<T> scratch(9 * kMergeChannels * run.lanes);
     FASTNAS_CPU_CALL(abs_cell_merge<T>, run, scratch.get(), begin, end);

@@ -14,6 +14,20 @@ void* arena_take(size_t bytes);
 // Gives a block back; it is kept for the next call of its size, or freed where the arena holds its limit already.
 void arena_give(void* block) noexcept;
 
+// n elements for as long as the object lives.
+template <class T>
+class Block {
+ public:
+  explicit Block(int64_t n) : memory_(arena_take(static_cast<size_t>(n) * sizeof(T))) {}
+  ~Block() { arena_give(memory_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  T* get() const { return static_cast<T*>(memory_); }
+
+ private:
+  void* memory_;
+};
+
 struct ArenaState {
   int64_t kept;   // bytes that wait for the next call
   int64_t lent;   // bytes that tensors hold

@@ -27,20 +27,6 @@ constexpr int64_t kMaxSlots = 32;
 constexpr int64_t kSlotChunks = 2;          // at least: combining costs less than a chunk
 constexpr int64_t kPartialBytes = 4 << 20;  // what the slots take together, where that leaves 4 of them
 
-// Memory of the arena for as long as the object lives.
-template <class T>
-class Block {
- public:
-  explicit Block(int64_t n) : memory_(arena_take(static_cast<size_t>(n) * sizeof(T))) {}
-  ~Block() { arena_give(memory_); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  T* get() const { return static_cast<T*>(memory_); }
-
- private:
-  void* memory_;
-};
-
 template <class T>
 PointwiseRun<T> make_run(const ReluPointwiseArgs& a) {
   PointwiseRun<T> run{};

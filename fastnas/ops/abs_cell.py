@@ -88,7 +88,7 @@ def abs_cell(
 
     The op is linear in ``x`` and takes it as it is. All terms are positive where ``x`` is, so nothing cancels: in
     float32 the result is that of float64 to about 1e-6. Products of many cells may leave float32's range all the
-    same: rescale between them.
+    same: rescale between them. Infinity or NaN in ``x`` reaches every channel of the pixels around.
 
     Args:
         x: shape (N, C, H, W), floating.

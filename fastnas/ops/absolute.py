@@ -207,8 +207,8 @@ def group_products(
 
 
 def _check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
-    if isinstance(tensors, Tensor):
-        raise TypeError(f"{name} is a tensor: pass a list of tensors")
+    if not isinstance(tensors, Sequence):  # a generator would be used up by the checks
+        raise TypeError(f"{name} is a {type(tensors).__name__}: pass a list of tensors")
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{i}] is a {type(t).__name__}: expected a tensor")

@@ -24,7 +24,7 @@ SHAPES = {
     "empty": ((0, 4, 4, 4), 3),
     "one": ((1, 1, 1, 1), 2),
     "odd": ((3, 5, 7, 9), 4),
-    "large": ((2, 36, 18, 22), 4),
+    "large": ((2, 36, 9, 14), 4),
 }
 OPS: dict[str, tuple[AbsOp, ...]] = {
     "nasbench201": NASBENCH201,

@@ -254,7 +254,8 @@ T = torch.ones(4)
 @pytest.mark.parametrize(
     ("tensors", "kind", "message"),
     [
-        (T, TypeError, "tensors is a tensor: pass a list of tensors"),
+        (T, TypeError, "tensors is a Tensor: pass a list of tensors"),
+        (torch.nn.Linear(2, 2).parameters(), TypeError, "tensors is a generator: pass a list of tensors"),
         ([T, 1.0], TypeError, r"tensors\[1\] is a float: expected a tensor"),
         ([T, T.long()], TypeError, r"tensors\[1\] has dtype torch.int64: expected float16"),
         ([T.to_sparse()], TypeError, r"tensors\[0\] has layout torch.sparse_coo"),
@@ -264,7 +265,7 @@ T = torch.ones(4)
         ([T, T.view(2, 2).t()], ValueError, r"tensors\[0\] and tensors\[1\] share memory"),
         ([torch.ones(1).expand(3)], ValueError, r"tensors\[0\] repeats its elements \(expanded\)"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_bad_lists_are_named(backend, tensors, kind, message):
@@ -288,7 +289,7 @@ def test_bad_signs_are_named(backend):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ((T, [T], [0]), TypeError, "thetas is a tensor"),
+        ((T, [T], [0]), TypeError, "thetas is a Tensor"),
         (([T], [T, T], [0]), ValueError, "thetas, grads and groups have 1, 2 and 1 entries"),
         (([T], [T], []), ValueError, "have 1, 1 and 0 entries"),
         (([T], [T], [-1]), ValueError, r"groups\[0\] is -1: expected a whole number from 0 on"),
