@@ -34,6 +34,8 @@ class Supernet(nn.Module):
         ValueError: where a size is below 1, or the stem is unknown or does not fit the channels.
     """
 
+    _stem: Stem = "cifar"  # of networks that were pickled whole before there was another
+
     def __init__(
         self,
         channels: int = 16,
@@ -60,7 +62,7 @@ class Supernet(nn.Module):
         else:
             C_prev_prev = C_prev = channels
             self.stem0, self.stem1 = imagenet_stems(in_channels, channels)
-        self._stem: Stem = stem
+        self._stem = stem
         C_curr, reduction_prev = channels, stem == "imagenet"
         self.cells = nn.ModuleList()
         for i in range(layers):

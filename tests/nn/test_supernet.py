@@ -224,6 +224,14 @@ def test_imagenet_stem():
         net(x[:, :, :24, :32], weights)
 
 
+def test_networks_pickled_before_there_were_stems():
+    net = Supernet(4, 2, 5, 1).eval()
+    x, weights = torch.randn(2, 1, 8, 8), {k: torch.full((14, 8), 0.125) for k in ("normal", "reduce")}
+    expected = net(x, weights)
+    del net.__dict__["_stem"]
+    assert torch.equal(deepcopy(net)(x, weights), expected)
+
+
 def test_imagenet_sizes():
     net = Supernet(4, 4, 5, stem="imagenet").eval()
     sizes = []
