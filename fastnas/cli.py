@@ -204,7 +204,7 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
         prog="fastnas genotype",
         usage="fastnas genotype FILE [options]",
         description="Prints the architecture in a file, which is in JSON or in the notation of its space: DARTS' "
-        "Genotype(...), NAS-Bench-201's |op~0|+|op~0|op~1|+...",
+        "Genotype(...), NAS-Bench-201's |op~0|+|op~0|op~1|+..., or op(0)+op(0,1)+...+output(1,2) for NAS-Bench-1Shot1.",
     )
     genotype.add_argument("file", metavar="FILE", help="genotype.json, genotype.txt, or a line of a genotypes.py.")
     genotype.add_argument("--to", choices=["json", "text"], default="text", help="The notation to print.")

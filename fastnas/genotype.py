@@ -1,20 +1,24 @@
 """Genotypes: discrete architectures, and their written forms.
 
-One class for each family of spaces: :class:`Genotype` (DARTS) and :class:`NASBench201Genotype`.
+One class for each family of spaces: :class:`Genotype` (DARTS), :class:`NASBench201Genotype`, and
+:class:`OneShotGenotype` (NAS-Bench-1Shot1 and NAS-Bench-101, whose operations lie on the nodes).
 :func:`load_genotype` and :func:`parse_genotype` tell by the notation which one they have.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+_ENDS = ("input", "output")  # the labels of a NAS-Bench-101 cell's first and last node
 _MAX_NODES = 1000  # a written range() is expanded, so its length is bounded before that
 
 
@@ -257,7 +261,179 @@ class NASBench201Genotype:
         return _load(Path(path), cls.from_json, cls.from_text)
 
 
-AnyGenotype = Genotype | NASBench201Genotype
+@dataclass(frozen=True)
+class OneShotGenotype:
+    """A cell of NAS-Bench-101 (arXiv:1902.09635), as the spaces of NAS-Bench-1Shot1 (arXiv:2001.10422) choose them.
+
+    Node 0 is the cell's input, nodes 1, 2, ... apply an operation to the sum of what they read, and the last node is
+    the output. A genotype is checked when it is made, so it always describes an architecture.
+
+    Attributes:
+        ops: The operations of the nodes 1, 2, ...
+        inputs: The nodes that each of them reads and, last, those that the output reads, in ascending order.
+
+    Raises:
+        ValueError: where the two do not describe such a cell; the message names the field.
+    """
+
+    ops: tuple[str, ...]
+    inputs: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        ops, inputs = self.ops, self.inputs
+        if isinstance(ops, str) or not isinstance(ops, Sequence):
+            raise ValueError(f"genotype: ops must be a list of operations, one a node, got {_short(ops)}")
+        for n, op in enumerate(ops):
+            if not isinstance(op, str) or not op.strip() or any(mark in op for mark in "|+()") or op in _ENDS:
+                raise ValueError(f"genotype: ops[{n}] must be the name of an operation, got {_short(op)}")
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence) or len(inputs) != len(ops) + 1:
+            raise ValueError(
+                f"genotype: inputs must be {len(ops) + 1} lists of nodes, one for each op and one for the output, got "
+                f"{_short(inputs)}"
+            )
+        read = []
+        for n, nodes in enumerate(inputs):
+            if isinstance(nodes, str) or not isinstance(nodes, Sequence):
+                raise ValueError(f"genotype: inputs[{n}] must be a list of nodes, got {_short(nodes)}")
+            indices = [_index(f"inputs[{n}][{e}]", node) for e, node in enumerate(nodes)]
+            if not indices or len(set(indices)) != len(indices) or not all(0 <= i <= n for i in indices):
+                raise ValueError(
+                    f"genotype: inputs[{n}] must hold one or more different nodes from 0 to {n}, got {_short(nodes)}"
+                )
+            read.append(tuple(sorted(indices)))
+        object.__setattr__(self, "ops", tuple(str(op) for op in ops))
+        object.__setattr__(self, "inputs", tuple(read))
+
+    def validate(self, primitives: Iterable[str] | None = None) -> OneShotGenotype:
+        """Returns the genotype itself.
+
+        Args:
+            primitives: the operations that may occur; any, where None.
+
+        Raises:
+            ValueError: for another operation; the message names the node.
+        """
+        _check_ops(self.ops, primitives)
+        return self
+
+    def pruned(self) -> OneShotGenotype:
+        """Returns the architecture without the nodes that the output does not depend on."""
+        output = len(self.ops) + 1
+        needed = {output}
+        for node in range(output, 0, -1):
+            if node in needed:
+                needed.update(self.inputs[node - 1])
+        kept = [0, *(node for node in range(1, output) if node in needed), output]
+        return self._renumbered(kept)
+
+    def canonical(self) -> OneShotGenotype:
+        """Returns one and the same genotype for all that are the same labelled graph, once :meth:`pruned`."""
+        pruned = self.pruned()
+        nodes = range(1, len(pruned.ops) + 1)
+        best: OneShotGenotype | None = None
+        for order in itertools.permutations(nodes):
+            place = {0: 0} | {node: n for n, node in enumerate(order, start=1)}
+            if any(place[j] > place[node] for node in nodes for j in pruned.inputs[node - 1]):
+                continue  # a node would come before one that it reads
+            candidate = pruned._renumbered([0, *order, len(nodes) + 1])
+            if best is None or (candidate.ops, candidate.inputs) < (best.ops, best.inputs):
+                best = candidate
+        assert best is not None  # the identity is among the permutations
+        return best
+
+    def _renumbered(self, kept: Sequence[int]) -> OneShotGenotype:
+        """Returns the cell of these nodes, all that they read among them, in this order."""
+        place = {node: n for n, node in enumerate(kept)}
+        return OneShotGenotype(
+            tuple(self.ops[node - 1] for node in kept[1:-1]),
+            tuple(tuple(place[j] for j in self.inputs[node - 1]) for node in kept[1:]),
+        )
+
+    def to_table(self, nodes: int = 7) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+        """Returns labels and adjacency matrix as NAS-Bench-101 has them: entry (j, i) is 1 where node i reads node j.
+
+        Args:
+            nodes: as many as the tables have, input and output included: what is missing are 1x1 convolutions before
+                the output that nothing reads and that read nothing.
+
+        Raises:
+            ValueError: where the cell has more nodes.
+        """
+        unused = nodes - len(self.ops) - 2
+        if unused < 0:
+            raise ValueError(f"nodes={nodes}: the cell has {len(self.ops) + 2}, input and output included")
+        labels = (_ENDS[0], *self.ops, *["conv1x1-bn-relu"] * unused, _ENDS[1])
+        columns = [(), *self.inputs[:-1], *[()] * unused, self.inputs[-1]]
+        return labels, tuple(tuple(int(j in column) for column in columns) for j in range(nodes))
+
+    @classmethod
+    def from_table(cls, labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> OneShotGenotype:
+        """Returns the cell of labels and an adjacency matrix; nodes without edges are left out.
+
+        Raises:
+            ValueError: where the matrix is not square and upper triangular, or the first and last label are not
+                ``input`` and ``output``, or a node is read that reads nothing.
+        """
+        n = len(labels)
+        if n < 2 or (labels[0], labels[-1]) != _ENDS:
+            raise ValueError(f"genotype: labels must begin with input and end with output, got {_short(list(labels))}")
+        if len(matrix) != n or any(len(row) != n for row in matrix):
+            raise ValueError(f"genotype: the adjacency matrix must be {n} x {n}, one row and column a label")
+        if any(int(matrix[j][i]) not in ((0, 1) if j < i else (0,)) for j in range(n) for i in range(n)):
+            raise ValueError("genotype: the adjacency matrix must hold 0 and 1 above its diagonal, and 0 elsewhere")
+        read = {i: [j for j in range(i) if matrix[j][i]] for i in range(n)}
+        used = [i for i in range(1, n - 1) if read[i] or any(i in nodes for nodes in read.values())]
+        place = {node: k for k, node in enumerate([0, *used])}
+        return cls(tuple(labels[i] for i in used), tuple(tuple(place[j] for j in read[i]) for i in [*used, n - 1]))
+
+    def to_json(self) -> str:
+        """Returns a JSON object of the fields ``ops`` and ``inputs``."""
+        return json.dumps({"ops": list(self.ops), "inputs": [list(nodes) for nodes in self.inputs]}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> OneShotGenotype:
+        """Returns the genotype that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: where ``text`` is no JSON object of exactly these fields, or they describe no cell.
+        """
+        return cls(**_fields(text, ("ops", "inputs")))
+
+    def to_text(self) -> str:
+        """Returns ``op(0)+op(0,1)+output(1,2)``: the operation of each node with the nodes that it reads."""
+        names = (*self.ops, _ENDS[1])
+        return "+".join(f"{op}({','.join(map(str, nodes))})" for op, nodes in zip(names, self.inputs, strict=True))
+
+    @classmethod
+    def from_text(cls, text: str) -> OneShotGenotype:
+        """Returns the genotype that :meth:`to_text` wrote.
+
+        Raises:
+            ValueError: where ``text`` is not in that notation, or describes no cell.
+        """
+        terms = [re.fullmatch(r"\s*([^()|+]+)\(([\d,\s]*)\)\s*", term) for term in text.split("+")]
+        found = [(term[1].strip(), term[2]) for term in terms if term]
+        if len(found) < len(terms) or found[-1][0] != _ENDS[1]:
+            raise ValueError(f"genotype: expected op(0)+op(0,1)+...+output(1,2), got {_short(text)}")
+        inputs = [tuple(int(j) for j in nodes.split(",") if j.strip()) for _, nodes in found]
+        return cls(tuple(op for op, _ in found[:-1]), tuple(inputs))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the genotype: the notation of :meth:`to_text` where ``path`` ends in ``.txt``, else JSON."""
+        _save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OneShotGenotype:
+        """Returns the genotype in a file, in JSON or in the notation of :meth:`to_text`.
+
+        Raises:
+            OSError: where the file cannot be read.
+            ValueError: where it holds no genotype; the message names the file.
+        """
+        return _load(Path(path), cls.from_json, cls.from_text)
+
+
+AnyGenotype = Genotype | NASBench201Genotype | OneShotGenotype
 """An architecture of any space."""
 
 
@@ -269,8 +445,14 @@ def parse_genotype(text: str) -> AnyGenotype:
     """
     start = text.lstrip()
     if start.startswith("{"):
+        if '"inputs"' in text:
+            return OneShotGenotype.from_json(text)
         return NASBench201Genotype.from_json(text) if '"ops"' in text else Genotype.from_json(text)
-    return NASBench201Genotype.from_text(text) if start.startswith("|") else Genotype.from_text(text)
+    if start.startswith("|"):
+        return NASBench201Genotype.from_text(text)
+    if "output(" in text and "Genotype(" not in text:
+        return OneShotGenotype.from_text(text)
+    return Genotype.from_text(text)
 
 
 def load_genotype(path: str | os.PathLike[str]) -> AnyGenotype:

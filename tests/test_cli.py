@@ -340,6 +340,14 @@ def test_genotype_command_for_nasbench201(tmp_path, capsys):
     assert capsys.readouterr().out == CELL + "\n"
 
 
+def test_genotype_command_for_nasbench1shot1(tmp_path, capsys):
+    text = "conv3x3-bn-relu(0)+maxpool3x3(0,1)+output(0,2)"
+    (tmp_path / "cell.txt").write_text(text)
+    assert main(["genotype", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["inputs"] == [[0], [0, 1], [0, 2]]
+    assert (tmp_path / "cell.png").stat().st_size > 1000
+
+
 def test_search_in_nasbench201(tiny, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main([*tiny, "--space=nb201", f"--out={folder}"]) == 0
@@ -350,3 +358,9 @@ def test_search_in_nasbench201(tiny, tmp_path, capsys):
     assert main([*tiny, "--space=nb201", "--k=2", f"--out={tmp_path / 'partial'}"]) == 2
     assert "the space 'nb201' has no partial channels, set k to 1" in capsys.readouterr().err
     assert not (tmp_path / "partial").exists()
+
+
+def test_search_refuses_spaces_of_several_tables(tiny, tmp_path, capsys):
+    assert main([*tiny, "--space=nb1shot1-s1", f"--out={tmp_path / 'run'}"]) == 2
+    assert "space='nb1shot1-s1' has alphas for more than operations" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,12 +1,14 @@
+import itertools
 import json
 import os
 import pickle
+import random
 from collections import namedtuple
 
 import numpy as np
 import pytest
 
-from fastnas.genotype import Genotype, NASBench201Genotype, load_genotype, parse_genotype
+from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype, load_genotype, parse_genotype
 
 EDGES = [
     ("sep_conv_3x3", 1),
@@ -315,7 +317,131 @@ def test_nasbench201_json_errors():
         NASBench201Genotype.from_json('["none"]')
 
 
-@pytest.mark.parametrize("genotype", [GENOTYPE, CELL], ids=["darts", "nasbench201"])
+GRAPH = OneShotGenotype(
+    ("conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu"), ((0,), (0, 1), (1,), (0, 2))
+)  # node 3 is a loose end
+
+
+def test_one_shot_notations():
+    text = "conv3x3-bn-relu(0)+maxpool3x3(0,1)+conv1x1-bn-relu(1)+output(0,2)"
+    assert GRAPH.to_text() == text
+    assert OneShotGenotype.from_text(f" {text.replace('+', ' + ').replace(',', ', ')} ") == GRAPH
+    assert OneShotGenotype(list(GRAPH.ops), [[0], [1, 0], [1], [2, 0]]) == GRAPH
+    assert OneShotGenotype.from_json(GRAPH.to_json()) == GRAPH
+    assert len({GRAPH, pickle.loads(pickle.dumps(GRAPH))}) == 1
+    assert OneShotGenotype((), ((0,),)).to_text() == "output(0)"
+
+
+def test_one_shot_tables():
+    labels, matrix = GRAPH.to_table()
+    assert labels == ("input", *GRAPH.ops, "conv1x1-bn-relu", "conv1x1-bn-relu", "output")
+    assert ["".join(map(str, row)) for row in matrix] == [
+        *["0110001", "0011000", "0000001", "0000000", "0000000", "0000000", "0000000"]
+    ]
+    assert OneShotGenotype.from_table(labels, matrix) == GRAPH
+    assert OneShotGenotype.from_table(*GRAPH.to_table(5)) == GRAPH
+    with pytest.raises(ValueError, match="nodes=4: the cell has 5, input and output included"):
+        GRAPH.to_table(4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "matrix", "message"),
+    [
+        (["input"], [[0]], "labels must begin with input and end with output"),
+        (["output", "input"], [[0, 1], [0, 0]], "labels must begin with input"),
+        (["input", "output"], [[0, 1]], "must be 2 x 2"),
+        (["input", "output"], [[0, 1], [0]], "must be 2 x 2"),
+        (["input", "output"], [[0, 1], [1, 0]], "0 and 1 above its diagonal, and 0 elsewhere"),
+        (["input", "output"], [[0, 2], [0, 0]], "0 and 1 above its diagonal"),
+        (["input", "output"], [[0, 0], [0, 0]], r"inputs\[0\] must hold one or more different nodes"),
+        (["input", "a", "output"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]], r"inputs\[0\] must hold one or more"),
+    ],
+)
+def test_one_shot_table_errors(labels, matrix, message):
+    with pytest.raises(ValueError, match=message):
+        OneShotGenotype.from_table(labels, matrix)
+
+
+def test_pruned():
+    assert GRAPH.pruned() == OneShotGenotype(GRAPH.ops[:2], ((0,), (0, 1), (0, 2)))
+    assert GRAPH.pruned().pruned() == GRAPH.pruned()
+    # a chain of loose ends, before and between what is kept
+    cell = OneShotGenotype(("a", "b", "c", "d"), ((0,), (0,), (1,), (2,), (4,)))
+    assert cell.pruned() == OneShotGenotype(("b", "d"), ((0,), (1,), (2,)))
+
+
+def test_canonical_is_isomorphism():
+    """Genotypes have the same canonical form exactly where networkx finds their graphs isomorphic."""
+    networkx = pytest.importorskip("networkx")
+    generator = random.Random(0)
+
+    def draw():
+        nodes = generator.randint(2, 5)
+        inputs = [generator.sample(range(i), generator.randint(1, min(i, 2))) for i in range(1, nodes + 2)]
+        return OneShotGenotype([generator.choice("aab") for _ in range(nodes)], inputs)
+
+    def graph(genotype):
+        pruned = genotype.pruned()
+        g = networkx.DiGraph()
+        for n, label in enumerate(["input", *pruned.ops, "output"]):
+            g.add_node(n, label=label)
+        g.add_edges_from((j, i) for i, nodes in enumerate(pruned.inputs, start=1) for j in nodes)
+        return g
+
+    def same(a, b):
+        return networkx.is_isomorphic(graph(a), graph(b), node_match=lambda x, y: x["label"] == y["label"])
+
+    cells = [draw() for _ in range(80)]
+    for (a, x), (b, y) in itertools.combinations([(cell, cell.canonical()) for cell in cells], 2):
+        assert (x == y) is same(a, b)
+    renumbered = 0
+    for a in cells:
+        nodes = len(a.ops)
+        for order in itertools.permutations(range(1, nodes + 1)):
+            place = {0: 0, **{node: n for n, node in enumerate(order, start=1)}}
+            inputs = [[place[j] for j in a.inputs[node - 1]] for node in (*order, nodes + 1)]
+            if all(j <= n for n, read in enumerate(inputs) for j in read):
+                b = OneShotGenotype([a.ops[node - 1] for node in order], inputs)
+                assert b.canonical() == a.canonical()
+                renumbered += a.pruned() != b.pruned()
+    assert renumbered > 20
+
+
+@pytest.mark.parametrize(
+    ("ops", "inputs", "message"),
+    [
+        ("ab", ((0,), (1,), (2,)), "ops must be a list"),
+        (("a(",), ((0,), (1,)), r"ops\[0\] must be the name"),
+        (("output",), ((0,), (1,)), r"ops\[0\] must be the name"),
+        (("a",), ((0,),), "inputs must be 2 lists of nodes"),
+        (("a",), "01", "inputs must be 2 lists of nodes"),
+        (("a",), ((0,), "1"), r"inputs\[1\] must be a list of nodes"),
+        (("a",), ((0,), ()), r"inputs\[1\] must hold one or more different nodes from 0 to 1"),
+        (("a",), ((1,), (1,)), r"inputs\[0\] must hold one or more different nodes from 0 to 0"),
+        (("a",), ((0,), (1, 1)), r"inputs\[1\] must hold"),
+        (("a",), ((0,), (0.0,)), r"inputs\[1\]\[0\] must be an integer"),
+    ],
+)
+def test_one_shot_errors(ops, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        OneShotGenotype(ops, inputs)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "output", "a(0)", "a(0)+b(1)", "a(0)output(1)", "a(x)+output(1)", "output(0)+a(0)"]
+)
+def test_one_shot_text_errors(text):
+    with pytest.raises(ValueError, match=r"expected op\(0\)\+op\(0,1\)"):
+        OneShotGenotype.from_text(text)
+
+
+def test_one_shot_validation_of_primitives():
+    assert GRAPH.validate(GRAPH.ops) is GRAPH
+    with pytest.raises(ValueError, match=r"ops\[1\] is the unknown op 'maxpool3x3'"):
+        GRAPH.validate(["conv3x3-bn-relu"])
+
+
+@pytest.mark.parametrize("genotype", [GENOTYPE, CELL, GRAPH], ids=["darts", "nasbench201", "one-shot"])
 @pytest.mark.parametrize("name", ["genotype.json", "genotype.txt"])
 def test_every_notation_is_recognised(tmp_path, genotype, name):
     assert parse_genotype(genotype.to_text()) == parse_genotype(genotype.to_json()) == genotype

@@ -73,7 +73,7 @@ void run_fans(AbsRun<T>& run, const void* from, int node, Parallel parallel) {
   for (int i = 0; i + 1 < a.nodes; ++i) run.merged[i] = at, at += run.merged_size(a.fan(i, run.backward));
   count("abs_cell_merge", abs_cell_merge_bytes(a, size, size, run.backward));
   parallel(blocks, [&](int64_t begin, int64_t end) {
-    const Block<T> scratch(a.merged() / a.C * run.lanes);
+    const Block<T> scratch(9 * kMergeChannels * run.lanes);
     FASTNAS_CPU_CALL(abs_cell_merge<T>, run, scratch.get(), begin, end);
   });
   count("abs_cell_load", abs_cell_load_bytes(a, size));

@@ -37,9 +37,26 @@ FASTNAS_INLINE void add_scaled(const T* from, int64_t n, T scale, T* to) {
   for (; i < n; ++i) to[i] += scale * magnitude_of(from[i]);
 }
 
-// The merged kernels of whole vectors of columns, of all fans. What belongs to one channel of the edge's output
-// (backward: what n of its inputs have of one output) is contiguous in the candidates' kernels; it is merged there,
-// then transposed.
+// The merged kernel of one output channel of an edge and input channels [in, in + n), as [channel][tap]: what lies side
+// by side in the candidates' kernels. The edge's candidates begin at `candidates`.
+template <class T>
+void merge_row(const AbsCellArgs& a, int64_t candidates, int64_t out, int64_t in, int64_t n, T* row) {
+  const bool diagonal = in <= out && out < in + n;
+  std::memset(row, 0, 9 * n * sizeof(T));
+  for (int k = 0; k < a.ops_count; ++k) {
+    const T w = magnitude_of(static_cast<const T*>(a.weights)[candidates + k]);
+    const T* kernel = static_cast<const T*>(a.kernels[candidates + k]);
+    if (a.ops[k] == AbsOp::conv3x3) add_scaled(kernel + (out * a.C + in) * 9, 9 * n, w, row);
+    if (a.ops[k] == AbsOp::conv1x1)
+      for (int64_t c = 0; c < n; ++c) row[c * 9 + 4] += w * magnitude_of(kernel[out * a.C + in + c]);
+    if (a.ops[k] == AbsOp::skip && diagonal) row[(out - in) * 9 + 4] += w;
+    if (a.ops[k] == AbsOp::avg_pool && diagonal)
+      for (int tap = 0; tap < 9; ++tap) row[(out - in) * 9 + tap] += w / 9;
+  }
+}
+
+// The merged kernels of whole vectors of columns, of all fans: rows are merged, then transposed, a few channels of the
+// fan's node at a time.
 template <class T>
 void abs_cell_merge(const AbsRun<T>& run, T* scratch, int64_t begin, int64_t end) {
   constexpr int V = kLanes<T>;
@@ -54,54 +71,26 @@ void abs_cell_merge(const AbsRun<T>& run, T* scratch, int64_t begin, int64_t end
     const int64_t column = (piece - first) * V;
     T* to = run.merged[fan] + (piece - first) * 9 * C * V;
     const int n = lanes_at<T>(column, run.columns(f));
-    // Lanes [lane, lane + some) are channels c on of one node.
-    auto segments = [&](auto&& body) FASTNAS_LAMBDA_INLINE {
-      for (int lane = 0; lane < n;) {
+    if (n < V) std::memset(scratch, 0, 9 * kMergeChannels * V * sizeof(T));  // lanes without a column stay zero
+    const int64_t few = run.backward ? 1 : kMergeChannels;
+    for (int64_t k0 = 0; k0 < C; k0 += few) {
+      const int64_t channels = std::min(few, C - k0);
+      for (int lane = 0, some; lane < n; lane += some) {  // `some` lanes are channels c on of one node
         const int64_t c = (column + lane) % C;
-        const int some = static_cast<int>(std::min<int64_t>(n - lane, C - c));
-        body(lane, some, c, a.fan_edge(f, static_cast<int>((column + lane) / C)) * a.ops_count);
-        lane += some;
+        const int64_t candidates = a.fan_edge(f, static_cast<int>((column + lane) / C)) * a.ops_count;
+        some = run.backward ? static_cast<int>(std::min<int64_t>(n - lane, C - c)) : 1;
+        if (run.backward)
+          merge_row(a, candidates, k0, c, some, scratch + lane * 9);
+        else
+          merge_row(a, candidates, c, k0, channels, scratch + lane * 9 * kMergeChannels);
       }
-    };
-    const T* weights = static_cast<const T*>(a.weights);
-    if (!run.backward) {
-      std::memset(scratch, 0, 9 * C * V * sizeof(T));
-      segments([&](int lane, int some, int64_t o, int candidates) FASTNAS_LAMBDA_INLINE {
-        for (int k = 0; k < a.ops_count; ++k) {
-          const T w = magnitude_of(weights[candidates + k]);
-          const T* kernel = static_cast<const T*>(a.kernels[candidates + k]);
-          for (int i = 0; i < some; ++i) {
-            T* row = scratch + (lane + i) * 9 * C;
-            if (a.ops[k] == AbsOp::conv3x3) add_scaled(kernel + (o + i) * 9 * C, 9 * C, w, row);
-            if (a.ops[k] == AbsOp::conv1x1)
-              for (int64_t c = 0; c < C; ++c) row[c * 9 + 4] += w * magnitude_of(kernel[(o + i) * C + c]);
-            if (a.ops[k] == AbsOp::skip) row[(o + i) * 9 + 4] += w;
-            if (a.ops[k] == AbsOp::avg_pool)
-              for (int tap = 0; tap < 9; ++tap) row[(o + i) * 9 + tap] += w / 9;
-          }
+      for (int64_t k = k0; k < k0 + channels; ++k)
+        for (int tap = 0; tap < 9; ++tap) {
+          if (run.backward)
+            store(to + ((8 - tap) * C + k) * V, gather(scratch + tap, 9, V));
+          else
+            store(to + (tap * C + k) * V, gather(scratch + (k - k0) * 9 + tap, 9 * kMergeChannels, V));
         }
-      });
-      for (int64_t c = 0; c < C; ++c)
-        for (int tap = 0; tap < 9; ++tap) store(to + (tap * C + c) * V, gather(scratch + c * 9 + tap, 9 * C, V));
-    } else {
-      for (int64_t o = 0; o < C; ++o) {
-        std::memset(scratch, 0, 9 * V * sizeof(T));
-        segments([&](int lane, int some, int64_t c, int candidates) FASTNAS_LAMBDA_INLINE {
-          T* row = scratch + lane * 9;
-          for (int k = 0; k < a.ops_count; ++k) {
-            const T w = magnitude_of(weights[candidates + k]);
-            const T* kernel = static_cast<const T*>(a.kernels[candidates + k]);
-            const bool diagonal = c <= o && o < c + some;
-            if (a.ops[k] == AbsOp::conv3x3) add_scaled(kernel + (o * C + c) * 9, 9 * some, w, row);
-            if (a.ops[k] == AbsOp::conv1x1)
-              for (int i = 0; i < some; ++i) row[i * 9 + 4] += w * magnitude_of(kernel[o * C + c + i]);
-            if (a.ops[k] == AbsOp::skip && diagonal) row[(o - c) * 9 + 4] += w;
-            if (a.ops[k] == AbsOp::avg_pool && diagonal)
-              for (int tap = 0; tap < 9; ++tap) row[(o - c) * 9 + tap] += w / 9;
-          }
-        });
-        for (int tap = 0; tap < 9; ++tap) store(to + ((8 - tap) * C + o) * V, gather(scratch + tap, 9, V));
-      }
     }
   }
 }

@@ -10,7 +10,8 @@ namespace fastnas::cpu {
 constexpr int64_t kBandPixels = 32;   // of a fan's piece, at least
 constexpr int64_t kChainPixels = 64;  // that are summed in a register before they meet the rest
 constexpr int64_t kChainChannels = 64;
-constexpr int64_t kTileChannels = 8;  // of the source in a piece of the merged kernels' gradient
+constexpr int64_t kMergeChannels = 16;  // that are merged before they are transposed
+constexpr int64_t kTileChannels = 8;    // of the source in a piece of the merged kernels' gradient
 
 template <class T>
 struct AbsRun {

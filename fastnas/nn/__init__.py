@@ -3,20 +3,24 @@
 from fastnas.nn.cells import Cell
 from fastnas.nn.derived import Network
 from fastnas.nn.mixed_op import MixedOp
+from fastnas.nn.nasbench1shot1 import NASBENCH1SHOT1_PRIMITIVES, NASBench101Network, OneShotSupernet
 from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Network, NASBench201Supernet
 from fastnas.nn.operations import OPS, PRIMITIVES, primitive
 from fastnas.nn.supernet import Supernet
 
 __all__ = [
+    "NASBENCH1SHOT1_PRIMITIVES",
     "NASBENCH201_PRIMITIVES",
     "OPS",
     "PRIMITIVES",
     "Cell",
     "MixedOp",
+    "NASBench101Network",
     "NASBench201Cell",
     "NASBench201Network",
     "NASBench201Supernet",
     "Network",
+    "OneShotSupernet",
     "Supernet",
     "primitive",
 ]

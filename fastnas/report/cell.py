@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, PathPatch, Polygon
 from matplotlib.path import Path
 
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype
+from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, OneShotGenotype
 
 from .layout import Box, link, place
 from .style import DPI, FAINT, INK, MONO, SANS, SLATE, op_color, save, tint
@@ -76,6 +76,9 @@ def draw_genotype(genotype: AnyGenotype | Mapping[str, Any], directory: str | os
         edges = [(op, i, j) for op, (i, j) in zip(genotype.ops, genotype.edges, strict=True)]
         last = genotype.nodes - 1
         return (draw_cell(edges, FilePath(directory) / "cell.png", "Cell", concat=[last], inputs=INPUTS[1:]),)
+    if isinstance(genotype, OneShotGenotype):
+        items, drawn = _graph_of_nodes(genotype)
+        return (save(_figure(items, drawn, "Cell"), FilePath(directory) / "cell.png"),)
     if isinstance(genotype, Mapping):
         missing = [name for name in Genotype._fields if name not in genotype]
         if missing:
@@ -128,7 +131,10 @@ def cell_figure(
     """Returns the picture that `draw_cell` writes, with the same arguments."""
     states = _states(edges, len(inputs), concat)
     concat = range(len(inputs), states) if concat is None else concat
-    items, drawn = _graph(edges, states, concat, inputs, output)
+    return _figure(*_graph(edges, states, concat, inputs, output), title)
+
+
+def _figure(items: list[_Item], drawn: list[_Edge], title: str) -> Figure:
     place(items, _GAP)
 
     columns = 1 + max(item.column for item in items)
@@ -202,6 +208,28 @@ def _graph(
         passed = [_Item(c, 0.0, through=True) for c in range(column[i] + 1, last)]
         drawn.append(_Edge([nodes[i], *passed, nodes[-1]], FAINT, 1.1))
         items += passed
+    for edge in drawn:
+        link(edge.chain)
+    return items, drawn
+
+
+def _graph_of_nodes(genotype: OneShotGenotype) -> tuple[list[_Item], list[_Edge]]:
+    """Returns boxes and edges of a cell whose operations lie on its nodes; each is a label, right of all it reads."""
+    column = [0]
+    for read in genotype.inputs:
+        column.append(1 + max(column[j] for j in read))
+    column[-1] = max(column[-1], 1 + max(column[:-1]))
+    nodes = [_Item(0, _NODE, text=f"${INPUTS[-1]}$", width=_END_WIDTH)]
+    for op, c in zip(genotype.ops, column[1:-1], strict=True):
+        width = len(op) * _CHARACTER + 2 * _LABEL_PADDING
+        nodes.append(_Item(c, _LABEL_HEIGHT, text=op, width=width, color=op_color(op)))
+    nodes.append(_Item(column[-1], _NODE, text=f"${OUTPUT}$", width=_END_WIDTH))
+    items, drawn = list(nodes), []
+    for node, read in zip(nodes[1:], genotype.inputs, strict=True):
+        for j in read:
+            passed = [_Item(c, 0.0, through=True) for c in range(nodes[j].column + 1, node.column)]
+            drawn.append(_Edge([nodes[j], *passed, node], node.color, 1.6))
+            items += passed
     for edge in drawn:
         link(edge.chain)
     return items, drawn

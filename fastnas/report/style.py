@@ -21,6 +21,7 @@ MONO = "DejaVu Sans Mono"
 _FAMILIES = (
     ("none", "#9AA0A6", "#9AA0A6"),
     ("max_pool", "#D55E00", "#D55E00"),
+    ("maxpool", "#D55E00", "#D55E00"),
     ("avg_pool", "#E69F00", "#E69F00"),
     ("skip", "#009E73", "#009E73"),
     ("identity", "#009E73", "#009E73"),

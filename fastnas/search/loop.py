@@ -151,6 +151,11 @@ class Search:
             )
         self.supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
+        if len({alpha.shape[1] for alpha in self.alphas.values()}) > 1:
+            raise ValueError(
+                f"space={config.space!r} has alphas for more than operations, which this search does not follow; "
+                "train its supernet in a loop of your own, or choose darts or nb201"
+            )
         # The learning rate is a tensor on the device, which only the fused update reads there.
         self._weight_optimizer = torch.optim.SGD(
             self.supernet.parameters(),

@@ -149,12 +149,15 @@ class RunFolder:
     def finish(self, search: Search) -> tuple[Path, ...]:
         """Writes the genotype and the pictures; returns the paths of those of the cells."""
         from fastnas.report import draw_genotype, plot_alphas
+        from fastnas.report.cell import INPUTS
 
         result = search.result()
         self._write_genotype(result)
         pictures = draw_genotype(result.genotype, self.path)
         history = {name: torch.stack([w[name] for w in result.weights]) for name in result.weights[0]}  # (T, E, O)
-        plot_alphas(history, search.space.primitives, search.space.edges, self.path / "alphas.png")
+        edges = search.space.edges
+        inputs = INPUTS[-min(i for i, _ in edges) :]  # the states before the first that an edge leads to
+        plot_alphas(history, search.space.primitives, edges, self.path / "alphas.png", inputs=inputs)
         return pictures
 
     def _is_run(self) -> bool:

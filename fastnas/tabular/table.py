@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastnas.genotype import AnyGenotype
+from fastnas.genotype import AnyGenotype, OneShotGenotype
 
 
 class Table:
@@ -58,8 +58,8 @@ class Table:
         names, columns = read_csv(path)
         if key not in names:
             raise ValueError(f"{path}: no column {key!r}: those there are {', '.join(names)}")
-        numbers = {name: values for name in names if name != key and (values := _numbers(columns[name])) is not None}
-        return cls(columns[key], numbers, str(path))
+        found = {name: values for name in names if name != key and (values := numbers(columns[name])) is not None}
+        return cls(columns[key], found, str(path))
 
     def __len__(self) -> int:
         """Returns the number of architectures."""
@@ -93,7 +93,8 @@ class Table:
         """Returns an architecture's row, by the names of the columns.
 
         Args:
-            architecture: a genotype, or its written form as the table has it.
+            architecture: a genotype, or its written form as the table has it. A :class:`OneShotGenotype` is found by
+                its :meth:`~OneShotGenotype.canonical` form, that is, up to isomorphism.
 
         Raises:
             ValueError: where the table does not have it.
@@ -138,8 +139,8 @@ def read_csv(path: str | os.PathLike[str]) -> tuple[list[str], dict[str, list[st
     return names, dict(zip(names, (list(column) for column in zip(*lines[1:], strict=True)), strict=True))
 
 
-def _numbers(texts: list[str]) -> npt.NDArray[np.float64] | None:
-    """Returns the column's numbers; None where it holds anything else."""
+def numbers(texts: list[str]) -> npt.NDArray[np.float64] | None:
+    """Returns the numbers in a column, NaN for an empty field; None where it holds anything else."""
     try:
         return np.array([float(text) if text.strip() else np.nan for text in texts])
     except ValueError:
@@ -147,4 +148,6 @@ def _numbers(texts: list[str]) -> npt.NDArray[np.float64] | None:
 
 
 def _text(architecture: object) -> str:
+    if isinstance(architecture, OneShotGenotype):
+        architecture = architecture.canonical()
     return architecture if isinstance(architecture, str) else architecture.to_text()  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ def test_inference_tensors(target):
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
-def test_products_match_reference(target, layout, absolute):
+def test_group_products_matches_reference(target, layout, absolute):
     random = torch.Generator().manual_seed(0)
     thetas, grads, groups = [], [], []
     for i, shape in enumerate(SHAPES):

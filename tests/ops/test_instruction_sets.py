@@ -26,7 +26,8 @@ def test_every_instruction_set_passes_the_tests_of_the_ops(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     chosen = "test_matches_reference or test_equals_reference or test_same_bits or test_pooling"
     cells = "test_equals_the_reference or test_odd_shapes"
-    files = [str(HERE / f"test_{op}.py") for op in ("mixed_cell", "mixed_sum", "partial_channels", "relu_pointwise")]
+    ops = ("abs_cell", "absolute", "mixed_cell", "mixed_sum", "partial_channels", "relu_pointwise")
+    files = [str(HERE / f"test_{op}.py") for op in ops]
     options = ["-q", "-p", "no:cacheprovider", "-k", f"(cpu and ({chosen})) or (native and ({cells}))"]
     done = python("-m", "pytest", *options, *files, cpu=isa)
     assert done.returncode == 0, done.stdout[-4000:]

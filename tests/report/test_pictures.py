@@ -18,7 +18,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
-from fastnas.genotype import Genotype
+from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype
 from fastnas.report import (
     alphas_figure,
     cell_figure,
@@ -30,6 +30,7 @@ from fastnas.report import (
     scatter_figure,
     style,
 )
+from fastnas.report.cell import _graph_of_nodes
 
 OPS = ["max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
 DARTS_V2 = Genotype(
@@ -407,3 +408,33 @@ def test_scatter_errors(scores, values, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plot_scatter(scores, values, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "genotype",
+    [
+        NASBench201Genotype(("none",) * 6),
+        NASBench201Genotype(("nor_conv_3x3", "skip_connect", "none", "avg_pool_3x3", "nor_conv_1x1", "none")),
+        OneShotGenotype((), ((0,),)),
+        OneShotGenotype(("conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu"), ((0,), (0, 1), (1,), (0, 2))),
+    ],
+)
+def test_cells_of_other_spaces(genotype, tmp_path):
+    (path,) = draw_genotype(genotype, tmp_path)
+    assert path == tmp_path / "cell.png"
+    width, height = png_size(path)
+    assert width > height > 0
+
+
+def test_operations_on_nodes_are_labels():
+    genotype = OneShotGenotype(("conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu"), ((0,), (0, 1), (1,), (0, 2)))
+    items, edges = _graph_of_nodes(genotype)
+    assert [item.text for item in items if not item.through] == ["$c_{k{-}1}$", *genotype.ops, "$c_{k}$"]
+    ends = [(edge.chain[0].text, edge.chain[-1].text) for edge in edges]
+    names = ["$c_{k{-}1}$", *genotype.ops, "$c_{k}$"]
+    assert ends == [(names[j], names[i]) for i, nodes in enumerate(genotype.inputs, start=1) for j in nodes]
+    for edge in edges:  # every link joins neighbouring columns
+        columns = [item.column for item in edge.chain]
+        assert columns == list(range(columns[0], columns[-1] + 1))
+    # the loose end is left of the output
+    assert items[3].column < items[4].column
