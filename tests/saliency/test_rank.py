@@ -258,3 +258,14 @@ def test_parameters_rank_nas_bench_201_as_published(batch: Batch) -> None:
     correlations, _ = compare(rows, table, "c10_test_e200")
     assert 0.6 < correlations.spearman.value < 0.85
     assert correlations.count == 100
+
+
+@pytest.mark.parametrize("name", ["nb1shot1-s1", "nb1shot1-s2", "nb1shot1-s3"])
+def test_networks_of_nas_bench_1shot1(name: str, batch: Batch, tmp_path: Path) -> None:
+    space = get_space(name)
+    networks = Networks(channels=4, layers=3, classes=3)
+    rows = rank(space, "naswot", sample(space, 3), batch, networks, folder=tmp_path)
+    assert all(math.isfinite(r.score) for r in rows)
+    again = rank(space, "naswot", sample(space, 4), batch, networks, folder=tmp_path)
+    assert values(again[:3]) == values(rows)
+    assert len(lines(tmp_path)) == 5
