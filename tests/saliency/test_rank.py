@@ -160,6 +160,7 @@ def test_damaged_folders(
         rank(SPACE, "params", genotypes[:2], batch, NETWORKS, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_scores(batch: Batch, genotypes: list[NASBench201Genotype], tmp_path: Path) -> None:
     channels_last = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
     alone = rank(SPACE, "naswot", genotypes, channels_last, NETWORKS, folder=tmp_path / "1")
