@@ -92,6 +92,7 @@ def test_scores_that_rank_nothing(table: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "run" / "correlations.json").read_text())["spearman"]["value"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGKILL, 1)])
 def test_a_stopped_ranking_goes_on(number: signal.Signals, jobs: int, tmp_path: Path) -> None:
     arguments = [*TINY, "--score=grad_norm", "--channels=8", "--sample=150", f"--jobs={jobs}"]

@@ -15,7 +15,7 @@ def linear_regions(network: nn.Module, batch: Batch) -> Tensor:
     """Returns how many different activation patterns the network's ReLUs have on the batch's images, float64.
 
     Between the boundaries of such patterns a network of ReLUs is linear. The count is at most the number of
-    images, and a network of usual width reaches that: take a narrow one (a few channels, one cell a stage), small
+    images, and a network of usual width reaches that: take a narrow one (one channel, one cell a stage), small
     images and thousands of them, as TE-NAS does. Each call of an ``nn.ReLU`` that the logits depend on counts;
     batch norms use the batch's statistics. Labels are not looked at.
 

@@ -67,7 +67,7 @@ class RankOptions:
         table: A CSV file, gzipped or not, with what the architectures are worth, one a row.
         key: The table's column of architectures.
         column: The table's column that the scores are compared with.
-        channels: Channels of the first cells. linear_regions wants few, such as 3.
+        channels: Channels of the first cells. linear_regions wants 1.
         layers: Cells of a stage in nb201 (linear_regions wants 1); cells of the network in the other spaces.
         data: Where the images are from. noise is normally distributed pixels under random labels.
         root: Where the data set lies; for npz, the file.

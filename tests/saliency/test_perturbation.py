@@ -163,6 +163,8 @@ def test_errors(batch: Batch) -> None:
         perturb(space, Tables(), [batch], iterations=0)
     with pytest.raises(ValueError, match="number of batches, 0"):
         perturb(space, Tables(), [])
+    with pytest.raises(ValueError, match="perturbation needs one row an edge and one column a primitive"):
+        perturb(get_space("nb1shot1-s1"), Tables(), [batch])
     with pytest.raises(ValueError, match="score 'magic' is unknown"):
         perturb(space, Tables(), [batch], "magic")
     with pytest.raises(ValueError, match="NaN for all candidates on edge"):

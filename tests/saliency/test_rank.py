@@ -160,6 +160,7 @@ def test_damaged_folders(
         rank(SPACE, "params", genotypes[:2], batch, NETWORKS, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_scores(batch: Batch, genotypes: list[NASBench201Genotype], tmp_path: Path) -> None:
     channels_last = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
     alone = rank(SPACE, "naswot", genotypes, channels_last, NETWORKS, folder=tmp_path / "1")
@@ -258,3 +259,14 @@ def test_parameters_rank_nas_bench_201_as_published(batch: Batch) -> None:
     correlations, _ = compare(rows, table, "c10_test_e200")
     assert 0.6 < correlations.spearman.value < 0.85
     assert correlations.count == 100
+
+
+@pytest.mark.parametrize("name", ["nb1shot1-s1", "nb1shot1-s2", "nb1shot1-s3"])
+def test_networks_of_nas_bench_1shot1(name: str, batch: Batch, tmp_path: Path) -> None:
+    space = get_space(name)
+    networks = Networks(channels=4, layers=3, classes=3)
+    rows = rank(space, "naswot", sample(space, 3), batch, networks, folder=tmp_path)
+    assert all(math.isfinite(r.score) for r in rows)
+    again = rank(space, "naswot", sample(space, 4), batch, networks, folder=tmp_path)
+    assert values(again[:3]) == values(rows)
+    assert len(lines(tmp_path)) == 5
