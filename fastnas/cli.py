@@ -452,8 +452,9 @@ def _score(namespace: Namespace) -> int:
             found.append(one)
             progress.update(task, completed=len(found))
     _show_found(console, found)
-    write(folder, run, found)
-    console.print(f"in {folder}: scores.csv, summary.json, scores.png, genotype-<seed>.json")
+    names = [path.name for path in write(folder, run, found)]
+    shown = [name for name in names if not name.startswith("genotype-")]
+    console.print(f"in {folder}: {', '.join(shown)}, genotype-<seed>.json")
     return 0
 
 
@@ -464,7 +465,10 @@ def _show_found(console: Console, found: list[Found]) -> None:
         console.print(f"[dim]{'':18}{'mean':>9}  {'std':>7}  {'best':>8}  {'worst':>8}[/]")
     for name, value in numbers.items():
         std = "-" if value["std"] is None else f"{value['std']:.2f}"
-        console.print(f"{name:18}{value['mean']:9.2f}  {std:>7}  {value['best']:8.2f}  {value['worst']:8.2f}")
+        console.print(
+            f"{name:18}{value['mean']:9.2f}  {std:>7}  {value['best']:8.2f}  {value['worst']:8.2f}"
+            + (f"  of {value['count']} in the table" if value["count"] < len(found) else "")
+        )
     console.print(f"[dim]{'times':>5}  of {len(result['genotypes']):,} different architectures, the most frequent[/]")
     for genotype, count in list(result["genotypes"].items())[:_BEST]:
         console.print(f"{count:5}  {genotype}", markup=False)

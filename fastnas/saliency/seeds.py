@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -21,8 +22,7 @@ from fastnas._files import write_text
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING, FreeDarts
 from fastnas.spaces import SPACES, Space, get_space
-from fastnas.tabular import Table
-from fastnas.tabular.nasbench201 import COLUMNS
+from fastnas.tabular import Table, nasbench1shot1, nasbench201, nasbench301
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class ScoreOptions:
         root: Where the data set lies.
         batch_size: Images in the batch.
         image_size: Height and width of noise.
-        table: A CSV file with the accuracies of architectures (.gz is fine), for what was found.
+        table: A CSV file with the accuracies of architectures (.gz is fine), for what was found. In darts, a table of
+            some cells, from which those of others are predicted.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         threads: CPU threads of PyTorch; 0 leaves them to torch.
     """
@@ -144,19 +145,27 @@ class SeedRun:
 
 def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
     """Returns what tells an architecture's numbers from a table."""
+    if space == "darts":  # too large for a table: predicted from some of its cells
+        surrogate = nasbench301.Surrogate.fit(path)
+        return lambda genotype: {"predicted": float(surrogate.predict([genotype])[0])}
+    if space.startswith("nb1shot1"):
+        cells = nasbench1shot1.load(path)
+        nothing = dict.fromkeys(cells.columns, math.nan)
+        # published tables lack cells
+        return lambda genotype: cells.find(genotype) if genotype in cells else nothing
     table = Table.load(path)
-    if space == "nb201" and set(COLUMNS.values()) <= set(table.columns):
-        table = table.select(COLUMNS)
-    return lambda genotype: table.find(genotype)
+    if space == "nb201" and set(nasbench201.COLUMNS.values()) <= set(table.columns):
+        table = table.select(nasbench201.COLUMNS)
+    return table.find
 
 
 def summary(found: Sequence[Found]) -> dict[str, Any]:
     """Returns the table's numbers over the seeds, the seconds, and how often each architecture was found.
 
-    Standard deviations have n - 1 in the denominator and are None for a single seed; the most frequent architectures
-    come first.
+    Standard deviations have n - 1 in the denominator and are None for a single seed. Architectures that the table lacks
+    are left out, ``count`` says how many there were. The most frequent architectures come first.
     """
-    columns = {name: [f.numbers[name] for f in found] for name in (found[0].numbers if found else ())}
+    columns = {name: [f.numbers[name] for f in found if not math.isnan(f.numbers[name])] for name in found[0].numbers}
     genotypes = [_text(f.genotype) for f in found]
     seconds = [f.seconds for f in found]
     return {
@@ -164,12 +173,14 @@ def summary(found: Sequence[Found]) -> dict[str, Any]:
         "seconds": {"first": seconds[0], "median": statistics.median(seconds)},
         "numbers": {
             name: {
+                "count": len(values),
                 "mean": statistics.fmean(values),
                 "std": statistics.stdev(values) if len(values) > 1 else None,
                 "best": max(values),
                 "worst": min(values),
             }
             for name, values in columns.items()
+            if values
         },
         "genotypes": dict(sorted(((g, genotypes.count(g)) for g in set(genotypes)), key=lambda e: (-e[1], e[0]))),
     }
