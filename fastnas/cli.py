@@ -34,7 +34,7 @@ from fastnas.saliency import SALIENCIES, SCORES
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING
 from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, sample
-from fastnas.saliency.seeds import Found, ScoreOptions, SeedRun, summary, write
+from fastnas.saliency.seeds import STEMS, Found, ScoreOptions, SeedRun, summary, write
 from fastnas.saliency.statistics import Correlations, Estimate
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
 from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
@@ -92,6 +92,7 @@ _CHOICES = {
         "space": sorted(SPACES),
         "saliency": sorted(SALIENCIES),
         "pruning": list(PRUNING),
+        "stem": list(STEMS),
         "data": list(SOURCES),
     },
 }

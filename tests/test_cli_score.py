@@ -63,6 +63,7 @@ def test_searches(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         ("darts", ["--layers=3", "--saliency=snip,synflow", "--data=digits"]),
         ("nb1shot1-s2", ["--layers=3"]),
+        ("darts", ["--layers=3", "--stem=imagenet", "--image-size=32"]),
         ("nb201", ["--saliency=grasp", "--pruning=candidates"]),
     ],
 )
@@ -85,6 +86,7 @@ def test_seeds(text: str, expected: list[int]) -> None:
         (["--seeds=0..x"], "seeds='0..x': expected numbers or ranges such as 0..99"),
         (["--seeds=4..2"], "seeds='4..2'"),
         (["--seeds=1,0..3"], "a seed occurs twice"),
+        (["--stem=imagenet"], "the space 'nb201' has but one"),
         (["--space=nb301"], "space='nb301': expected one of darts, nb1shot1-s1"),
         (["--saliency=magic"], "saliency 'magic' is unknown"),
         (["--scale=-1"], "scale=-1.0 must be positive"),

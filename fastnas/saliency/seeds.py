@@ -24,6 +24,8 @@ from fastnas.saliency.freedarts import PRUNING, FreeDarts
 from fastnas.spaces import SPACES, Space, get_space
 from fastnas.tabular import Table, nasbench1shot1, nasbench201, nasbench301
 
+STEMS = ("cifar", "imagenet")
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
@@ -38,6 +40,7 @@ class ScoreOptions:
         pruning: once scores once; candidates and edges score again after each cut.
         channels: Channels of the first cell.
         layers: Cells of the supernet; of a stage in nb201. 0 is the space's own number.
+        stem: What comes before the cells of darts: cifar, or imagenet for images of 224 pixels.
         data: Where the batch comes from; noise needs no files. synflow looks at the images' shape alone.
         root: Where the data set lies.
         batch_size: Images in the batch.
@@ -56,6 +59,7 @@ class ScoreOptions:
     pruning: str = "once"
     channels: int = 16
     layers: int = 0
+    stem: str = "cifar"
     data: str = "noise"
     root: str | None = None
     batch_size: int = 64
@@ -65,7 +69,7 @@ class ScoreOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name, names in (("space", sorted(SPACES)), ("data", SOURCES), ("pruning", PRUNING)):
+        for name, names in (("space", sorted(SPACES)), ("data", SOURCES), ("pruning", PRUNING), ("stem", STEMS)):
             if getattr(self, name) not in names:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(names)}")
         for name in ("channels", "batch_size", "image_size"):
@@ -74,6 +78,8 @@ class ScoreOptions:
         for name in ("layers", "draws", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 0")
+        if self.stem != "cifar" and self.space != "darts":
+            raise ValueError(f"stem={self.stem!r}: the space {self.space!r} has but one; leave it out")
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -123,7 +129,11 @@ class SeedRun:
         )
         if options.threads:
             torch.set_num_threads(options.threads)
-        sizes: dict[str, Any] = {"channels": options.channels} | ({"layers": options.layers} if options.layers else {})
+        sizes: dict[str, Any] = {"channels": options.channels}
+        if options.layers:
+            sizes["layers"] = options.layers
+        if options.stem != "cifar":
+            sizes["stem"] = options.stem
         self._search = FreeDarts(
             *(self.space, [name.strip() for name in options.saliency.split(",")]),
             scale=options.scale,
