@@ -33,9 +33,9 @@ FASTNAS_INLINE Vec<compute_t<T>> load_values(const T* p, int n) {
   if constexpr (std::is_same_v<T, compute_t<T>>) {
     return load_n(p, n);
   } else {
-    Vec<compute_t<T>> v{};
-    for (int i = 0; i < n; ++i) v[i] = static_cast<compute_t<T>>(p[i]);
-    return v;
+    compute_t<T> lanes[kLanes<compute_t<T>>] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = static_cast<compute_t<T>>(p[i]);
+    return load(lanes);
   }
 }
 
