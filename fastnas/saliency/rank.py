@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -266,6 +267,7 @@ class ScoreLog:
             write_text(sidecar, json.dumps(settings, indent=2) + "\n")
         self._file = path.open("ab", buffering=0)
         try:
+            _lock(self._file, path)
             content = path.read_bytes()
             # What follows the last line's end was being written when a process was killed.
             whole = content[: content.rfind(b"\n") + 1]
@@ -297,6 +299,19 @@ class ScoreLog:
             line = io.StringIO()
             csv.writer(line, lineterminator="\n").writerow(fields)
             self._file.write(line.getvalue().encode())
+
+
+def _lock(file: io.RawIOBase, path: Path) -> None:
+    """Keeps other processes from appending to the file while it is open."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{path} is being written by another process: wait for it, or take another folder"
+            ) from None
 
 
 def _check_settings(sidecar: Path, settings: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastnas.genotype import NASBench201Genotype
 from fastnas.saliency import SCORES, Batch, get_score
-from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, sample
+from fastnas.saliency.rank import Networks, RankOptions, Scored, ScoreLog, compare, rank, sample
 from fastnas.spaces import get_space
 from fastnas.tabular import Table
 
@@ -161,6 +161,14 @@ def test_damaged_folders(
 
 
 @pytest.mark.slow
+def test_two_runs_in_one_folder(batch: Batch, genotypes: list[NASBench201Genotype], tmp_path: Path) -> None:
+    with ScoreLog(tmp_path, {"of": 1}, ["a"]) as log, pytest.raises(ValueError, match="written by another process"):
+        log.append(Scored(0, "a", 1.0, 0.1))
+        ScoreLog(tmp_path, {"of": 1}, ["a"])
+    with ScoreLog(tmp_path, {"of": 1}, ["a"]) as log:
+        assert [r.score for r in log.rows] == [1.0]
+
+
 def test_processes_give_the_same_scores(batch: Batch, genotypes: list[NASBench201Genotype], tmp_path: Path) -> None:
     channels_last = Batch(batch.images.contiguous(memory_format=torch.channels_last), batch.labels)
     alone = rank(SPACE, "naswot", genotypes, channels_last, NETWORKS, folder=tmp_path / "1")
