@@ -41,7 +41,7 @@ from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
 from fastnas.search.loop import peak_memory
 from fastnas.search.run import RunFolder
 from fastnas.spaces import SPACES, get_space
-from fastnas.tabular import Table
+from fastnas.tabular import Table, nasbench1shot1
 
 _MIB = 2**20
 
@@ -241,9 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastnas: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except _Interrupted as stop:
-        print("fastnas: interrupted", file=sys.stderr)
-        return 128 + stop.number
     except torch.OutOfMemoryError as error:
         if traceback:
             raise
@@ -384,9 +381,7 @@ def _row(r: EpochRecord) -> str:
 def _rank(namespace: Namespace) -> int:
     options = RankOptions(**{name: namespace[name] for name in _ANNOTATIONS["rank"]})
     folder = Path(namespace.out or f"runs/rank-{options.space}-{options.score}-{options.data}-seed{options.seed}")
-    table = None if options.table is None else Table.load(options.table, options.key)
-    if table is not None:
-        table.column(options.column)
+    table = None if options.table is None else _table(options)
     source = BatchSource.open(
         options.data,
         options.root,
@@ -396,6 +391,10 @@ def _rank(namespace: Namespace) -> int:
     )
     space = get_space(options.space)
     genotypes = sample(space, None if options.sample == "all" else int(options.sample), options.seed)
+    if table is not None:
+        missing = [g for g in genotypes if g not in table]
+        if missing and not options.space.startswith("nb1shot1"):  # published tables of its cells lack some
+            raise ValueError(f"{options.table}: {missing[0].to_text()} is not among its {len(table)} rows")
     networks = Networks(options.channels, options.layers, source.classes, options.seed, options.device)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     progress = _progress(console, options.score)
@@ -446,17 +445,26 @@ def _score(namespace: Namespace) -> int:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     run = SeedRun(options)
     console.print(f"{options.saliency} on the {options.space} space, {len(run.seeds)} seeds")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose a folder for --out")
     found: list[Found] = []
-    with _progress(console, options.saliency) as progress, _interruptible():
-        task = progress.add_task("score", total=len(run.seeds))
-        for one in run:
-            found.append(one)
-            progress.update(task, completed=len(found))
+    stopped = 0
+    try:
+        with _progress(console, options.saliency) as progress, _interruptible():
+            task = progress.add_task("score", total=len(run.seeds))
+            for one in run:
+                found.append(one)
+                progress.update(task, completed=len(found))
+    except _Interrupted as stop:
+        stopped = 128 + stop.number
+        console.print(f"stopped after {len(found):,} of {len(run.seeds):,} seeds")
+        if not found:
+            return stopped
     _show_found(console, found)
     names = [path.name for path in write(folder, run, found)]
     shown = [name for name in names if not name.startswith("genotype-")]
     console.print(f"in {folder}: {', '.join(shown)}, genotype-<seed>.json")
-    return 0
+    return stopped
 
 
 def _show_found(console: Console, found: list[Found]) -> None:
@@ -489,6 +497,16 @@ def _progress(console: Console, title: str) -> Progress:
         transient=True,
         expand=True,
     )
+
+
+def _table(options: RankOptions) -> Table:
+    assert options.table is not None
+    if options.space.startswith("nb1shot1"):
+        table = nasbench1shot1.load(options.table)
+    else:
+        table = Table.load(options.table, options.key)
+    table.column(options.column)
+    return table
 
 
 _BEST = 5  # architectures that are shown

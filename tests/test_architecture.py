@@ -26,7 +26,13 @@ LAYERS = [
     {"_library"},
     {"_C"},
 ]
-LEAVES = {"_files", "genotype", "relaxations", "data"}  # import nothing of fastnas; every room may import them
+LEAVES = {
+    "_device",
+    "_files",
+    "genotype",
+    "relaxations",
+    "data",
+}  # import nothing of fastnas; every room may import them
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 

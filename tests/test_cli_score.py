@@ -86,6 +86,7 @@ def test_seeds(text: str, expected: list[int]) -> None:
         (["--seeds=0..x"], "seeds='0..x': expected numbers or ranges such as 0..99"),
         (["--seeds=4..2"], "seeds='4..2'"),
         (["--seeds=1,0..3"], "a seed occurs twice"),
+        (["--device=cuda:99"], "torch sees"),
         (["--stem=imagenet"], "the space 'nb201' has but one"),
         (["--space=nb301"], "space='nb301': expected one of darts, nb1shot1-s1"),
         (["--saliency=magic"], "saliency 'magic' is unknown"),

@@ -17,6 +17,8 @@ def cross_entropy(network: nn.Module, batch: Batch, *weights: Any) -> Tensor:
     """
     check_batch(batch)
     logits = network(batch.images, *weights)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"network must return logits (N, classes), got {type(logits).__name__}: wrap it in a module")
     if int(batch.labels.max()) >= logits.shape[1] or int(batch.labels.min()) < 0:
         raise ValueError(
             f"batch.labels are from {int(batch.labels.min())} to {int(batch.labels.max())}, but the network has "

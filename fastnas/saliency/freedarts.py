@@ -40,11 +40,12 @@ class FreeDarts:
             added up.
         scale: a: α is drawn from a · N(0, 1) and multiplies the candidates' outputs without a softmax.
         draws: Draws of α per search, whose scores are averaged; 0 takes every α at its expectation
-            E|α| = a · √(2/π) instead. SynFlow's R is linear in each |α| of a one-cell network, where that gives the
-            expected score exactly.
+            E|α| = a · √(2/π) instead. R is linear in each |α| of a one-cell network, where that gives the expected
+            α ∂R/∂α exactly.
         pruning: ``"once"`` scores once and keeps the best (Algorithm 1); ``"candidates"`` cuts the worst candidate of
-            every edge and scores again until one is left; ``"edges"`` decides one edge after the other, from the input
-            on. The paper's later version prunes iteratively too, but its details are not public.
+            every edge, ``none`` first, and scores again until one is left; ``"edges"`` decides one edge after the
+            other, from the input on, and not for ``none``. The paper's later version prunes iteratively too, but its
+            details are not public.
         device: Where to run.
         supernet: Arguments of ``space.supernet``.
 
@@ -113,6 +114,11 @@ class FreeDarts:
         if self.pruning == "once":
             return scores
         alive = {t: torch.ones_like(s, dtype=torch.bool) for t, s in scores.items()}
+        if "none" in self.space.primitives:
+            column = self.space.primitives.index("none")
+            for mask in alive.values():
+                if mask.shape[1] == len(self.space.primitives) > 1:
+                    mask[:, column] = False
         edges = max(len(s) for s in scores.values())
         rounds = edges if self.pruning == "edges" else max(s.shape[1] for s in scores.values()) - 1
         for r in range(rounds):
@@ -123,7 +129,7 @@ class FreeDarts:
             for t, s in scores.items():
                 if self.pruning == "edges" and r < len(s):
                     alive[t][r] = torch.arange(s.shape[1], device=s.device) == s[r].argmax()
-                elif self.pruning == "candidates" and r < s.shape[1] - 1:
+                elif self.pruning == "candidates" and bool((alive[t].sum(1) > 1).all()):
                     worst = s.masked_fill(~alive[t], math.inf).argmin(1, keepdim=True)
                     alive[t].scatter_(1, worst, False)
         return {t: s.masked_fill(~alive[t], -math.inf) for t, s in scores.items()}

@@ -22,7 +22,8 @@ def grad_norm(network: nn.Module, batch: Batch) -> Tensor:
         ValueError: for an empty batch, one of a single class, labels out of range, a loss that is not finite, or a
             network without such layers.
     """
-    weights = [m.weight for m in network.modules() if isinstance(m, LAYERS) and m.weight.requires_grad]
+    layers = (m for m in network.modules() if isinstance(m, LAYERS))
+    weights = [w for w in dict.fromkeys(m.weight for m in layers) if w.requires_grad]
     if not weights:
         raise ValueError("network has no convolution and no linear layer whose weight requires a gradient")
     with preserved(network, training=True), torch.enable_grad():

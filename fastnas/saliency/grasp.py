@@ -54,9 +54,10 @@ def network_grasp(network: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: as :func:`grasp`.
     """
-    parameters = [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = (m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    parameters = [p for p in dict.fromkeys(m.weight for m in layers) if p.requires_grad]
     if not parameters:
-        raise ValueError("network has neither convolutions nor linear layers: GraSP scores their weights")
+        raise ValueError("network has no convolutions or linear layers whose weights require grad: GraSP scores those")
     with preserved(network, training=True), torch.enable_grad(), twice_differentiable():
         products = hessian_gradient_product(cross_entropy(network, batch), parameters)
     return -torch.stack([(p.detach() * h).sum() for p, h in zip(parameters, products, strict=True)]).sum()

@@ -130,7 +130,8 @@ class Rescale:
     """Divides the states between two cells by a power of two that brings the newest below 1, and keeps its logarithm.
 
     A linearised network is positively homogeneous in the states that a cell reads, so this changes its output by the
-    factor ``exp(log)`` and no more, and by no rounding; float32 then neither overflows nor goes denormal at any depth.
+    factor ``exp(log)`` and no more, and by no rounding; float32 then neither overflows nor goes denormal at any depth,
+    as long as a single cell stays in its range.
     """
 
     def __init__(self) -> None:
@@ -153,5 +154,10 @@ def in_range(network: nn.Module) -> nn.Module:
     """Returns a network whose linearised pass keeps within its floats' range.
 
     That is the network itself where it can be rescaled between its cells, else a copy in float64, which reaches 1e308.
+
+    Raises:
+        ValueError: where the network has no parameters.
     """
+    if next(network.parameters(), None) is None:
+        raise ValueError("network has no parameters: SynFlow says how much flows through them")
     return network if rescalable(network) else copy.deepcopy(network).double()

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
+from fastnas._device import as_device
 from fastnas._files import write_text
-from fastnas.genotype import AnyGenotype
+from fastnas.genotype import AnyGenotype, parse_genotype
 from fastnas.saliency._registry import SCORES, Batch, Score, get_score
 from fastnas.saliency.batches import SOURCES
 from fastnas.saliency.statistics import Correlations, correlate
@@ -110,8 +111,7 @@ class RankOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1")
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"seed={self.seed}: expected a whole number from 0 to 2**62 - 1")
-        if self.device == "auto":
-            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        object.__setattr__(self, "device", str(as_device(self.device)))
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,13 @@ def sample(space: Space, count: int | None, seed: int = 0) -> list[AnyGenotype]:
 def compare(rows: Sequence[Scored], table: Table, column: str, *, seed: int = 0) -> tuple[Correlations, list[float]]:
     """Returns the rank correlations of scores with a column of a table, and the column's value for each row.
 
-    Rows whose score or value is NaN are left out of the correlations.
+    Rows that the table lacks have the value NaN; those whose score or value is NaN are left out of the correlations.
 
     Raises:
-        ValueError: where the table lacks the column or an architecture, or fewer than three pairs are left.
+        ValueError: where the table lacks the column, or fewer than three pairs are left.
     """
     table.column(column)
-    values = [table.find(row.architecture)[column] for row in rows]
+    values = [_value(table, row.architecture, column) for row in rows]
     pairs = [(r.score, v) for r, v in zip(rows, values, strict=True) if not (math.isnan(r.score) or math.isnan(v))]
     if len(pairs) < 3:
         raise ValueError(
@@ -237,6 +237,14 @@ def compare(rows: Sequence[Scored], table: Table, column: str, *, seed: int = 0)
         )
     scores, known = zip(*pairs, strict=True)
     return correlate(scores, known, seed=seed), values
+
+
+def _value(table: Table, architecture: str, column: str) -> float:
+    """Returns what the table says of an architecture in its written form; NaN where it lacks it."""
+    if architecture in table:
+        return table.find(architecture)[column]
+    genotype = parse_genotype(architecture)  # some tables know an architecture in other written forms
+    return table.find(genotype)[column] if genotype in table else math.nan
 
 
 class ScoreLog:
@@ -260,11 +268,7 @@ class ScoreLog:
         if folder is None:
             return
         path, sidecar = Path(folder) / "scores.csv", Path(folder) / "settings.json"
-        if path.exists() or sidecar.exists():
-            _check_settings(sidecar, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not sidecar.exists():
-            write_text(sidecar, json.dumps(settings, indent=2) + "\n")
         self._file = path.open("ab", buffering=0)
         try:
             _lock(self._file, path)
@@ -273,9 +277,12 @@ class ScoreLog:
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):
                 self._file.truncate(len(whole))
-            if whole:
+            if whole not in (b"", ",".join(_COLUMNS).encode() + b"\n"):
+                _check_settings(sidecar, settings)
                 self.rows = _read_rows(path, whole, texts)
-            else:
+            else:  # nothing that another setting could have given
+                self._file.truncate(0)
+                write_text(sidecar, json.dumps(settings, indent=2) + "\n")
                 self._write(_COLUMNS)
         except BaseException:
             self._file.close()

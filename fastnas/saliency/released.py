@@ -30,7 +30,7 @@ def released_synflow(supernet: nn.Module, alphas: Mapping[str, Tensor], batch: B
     weights = {t: a.detach().clone().requires_grad_() for t, a in alphas.items()}
     image = torch.ones_like(batch.images[:1])
     with preserved(supernet, training=True), torch.enable_grad():
-        gradients = torch.autograd.grad(supernet(image, weights).sum(), list(weights.values()))
+        gradients = torch.autograd.grad(supernet(image, weights).sum(), list(weights.values()), materialize_grads=True)
     return {t: (g * w.detach()).abs() for (t, w), g in zip(weights.items(), gradients, strict=True)}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastnas._device import as_device
 from fastnas._files import write_text
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING, FreeDarts
@@ -80,8 +81,7 @@ class ScoreOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 0")
         if self.stem != "cifar" and self.space != "darts":
             raise ValueError(f"stem={self.stem!r}: the space {self.space!r} has but one; leave it out")
-        if self.device == "auto":
-            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        object.__setattr__(self, "device", str(as_device(self.device)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
+        if match is None or len(part) > 32 or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"seeds={text!r}: expected numbers or ranges such as 0..99, separated by commas")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     if len(set(seeds)) < len(seeds):
@@ -113,7 +113,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 class SeedRun:
-    """The searches of a optionsuration; iterate over it.
+    """The searches of options; iterate over it.
 
     Raises:
         ValueError, OSError: for options that make no sense, or files that can't be read.
@@ -154,7 +154,7 @@ class SeedRun:
 
 
 def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
-    """Returns what tells an architecture's numbers from a table."""
+    """Returns what tells an architecture's numbers from a table; the larger, the better."""
     if space == "darts":  # too large for a table: predicted from some of its cells
         surrogate = nasbench301.Surrogate.fit(path)
         return lambda genotype: {"predicted": float(surrogate.predict([genotype])[0])}
@@ -162,7 +162,9 @@ def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
         cells = nasbench1shot1.load(path)
         nothing = dict.fromkeys(cells.columns, math.nan)
         # published tables lack cells
-        return lambda genotype: cells.find(genotype) if genotype in cells else nothing
+        return lambda genotype: (
+            {name: 100 * (1 - error) for name, error in cells.find(genotype).items()} if genotype in cells else nothing
+        )
     table = Table.load(path)
     if space == "nb201" and set(nasbench201.COLUMNS.values()) <= set(table.columns):
         table = table.select(nasbench201.COLUMNS)
@@ -215,6 +217,8 @@ def write(folder: str | os.PathLike[str], run: SeedRun, found: Sequence[Found]) 
 
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    for stale in path.glob("genotype-*.json"):
+        stale.unlink()
     numbers = list(found[0].numbers)
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")

@@ -24,13 +24,17 @@ def snip(supernet: nn.Module, alphas: Mapping[str, Tensor], batch: Batch) -> dic
     """
     weights = {t: a.detach().clone().requires_grad_() for t, a in alphas.items()}
     with preserved(supernet, training=True), torch.enable_grad():
-        gradients = torch.autograd.grad(cross_entropy(supernet, batch, weights), list(weights.values()))
+        gradients = torch.autograd.grad(
+            cross_entropy(supernet, batch, weights), list(weights.values()), materialize_grads=True
+        )
     return {t: (g * w.detach()).abs() for (t, w), g in zip(weights.items(), gradients, strict=True)}
 
 
 @score("snip")
 def network_snip(network: nn.Module, batch: Batch) -> Tensor:
     """Returns Σ_θ |θ ∂L/∂θ| over all parameters, 0-d (SNIP as a score of networks: arXiv:2101.08134, Eq. 1).
+
+    All parameters are those of convolutions, linear layers and batch norms; the published code leaves the last out.
 
     Raises:
         ValueError: as :func:`snip`.

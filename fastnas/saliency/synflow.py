@@ -45,7 +45,11 @@ def flow(supernet: nn.Module, alphas: Mapping[str, Tensor], image: Tensor) -> Fl
     if not torch.isfinite(r) or r <= 0:
         raise ValueError(
             f"alphas: R is {float(r)}: "
-            + ("no path of non-zero alphas and weights leads to the output" if r == 0 else "the weights are not finite")
+            + (
+                "no path of non-zero alphas and weights leads to the output"
+                if r == 0
+                else "the weights are not finite, or a single cell leaves the range of its floats"
+            )
         )
     shares = {
         t: torch.zeros_like(w, dtype=torch.float64) if g is None else w.detach().double() * g.double() / r
@@ -105,12 +109,19 @@ def _weight_flow(network: nn.Module, parts: list[nn.Module], image: Tensor) -> t
     """Returns Σ_θ |θ ∂R/∂θ| of each part's weights, up to the factor whose logarithm comes with it."""
     running = in_range(network)
     parameters = list(running.parameters())
+    frozen = [p for p in parameters if not p.requires_grad]
     places = {p: i for i, p in enumerate(network.parameters())}  # the same in a copy
     rescale = Rescale()
     between = {"between": rescale} if rescalable(running) else {}
     with linearised(running), torch.enable_grad():
-        r = running(torch.ones_like(image, dtype=parameters[0].dtype), **between).sum()
-        gradients = torch.autograd.grad(r, parameters, allow_unused=True)
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            r = running(torch.ones_like(image, dtype=parameters[0].dtype), **between).sum()
+            gradients = torch.autograd.grad(r, parameters, allow_unused=True)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
         each = group_products(parameters, gradients, range(len(parameters)))
     sums = [each[[places[p] for p in part.parameters()]].sum() for part in parts]
     return torch.stack(sums), rescale.log

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastnas._device import as_device
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
 from fastnas.genotype import AnyGenotype
 from fastnas.relaxations import get_relaxation
@@ -119,7 +120,7 @@ class Search:
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
         self.config = config
-        self.device = _device(config.device)
+        self.device = as_device(config.device)
         self._method = get_method(config.method)
         self._relax = get_relaxation(config.relaxation)
         self.space = get_space(config.space)
@@ -472,16 +473,6 @@ def peak_memory(device: torch.device) -> int:
 def _seed(seed: int, purpose: str) -> int:
     # One independent stream for each purpose: a change in one (another batch size, say) leaves the others alone.
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "little") >> 1
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is no device; use cpu, cuda, cuda:1 ... or auto") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto")
-    return device
 
 
 @contextmanager

@@ -75,13 +75,22 @@ def test_iterative_pruning_leaves_one_candidate_an_edge(pruning: str) -> None:
         assert bool((s.isfinite().sum(1) == 1).all())
 
 
+@pytest.mark.parametrize("pruning", ["candidates", "edges"])
+def test_iterative_pruning_never_keeps_none(pruning: str) -> None:
+    """Even where a saliency has both signs, and the 0 of none is not the smallest."""
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(4, 3, 8, 8), torch.arange(4))
+    result = FreeDarts(get_space("darts"), "grasp", pruning=pruning, **SMALL).search(0, batch)
+    assert all(bool(s[:, 0].isneginf().all()) for s in result.scores.values())
+
+
 def test_candidates_are_cut_one_by_one() -> None:
     """What survives the first round can be told from the scores of that round alone."""
     space = get_space("darts")
     once = FreeDarts(space, **SMALL).search(2, BATCH).scores
     left = FreeDarts(space, pruning="candidates", **SMALL).search(2, BATCH).scores
     for t, s in once.items():
-        assert not bool((s.argmin(1) == left[t].argmax(1)).any())
+        assert not bool(((s[:, 1:].argmin(1) + 1) == left[t].argmax(1)).any())
 
 
 def test_votes_add_ranks() -> None:

@@ -127,3 +127,17 @@ def test_bad_batches(name: str, images: Tensor, labels: Tensor, match: str) -> N
     with pytest.raises(ValueError, match=match):
         get_saliency(name)(net, get_space("darts").init_alphas(), Batch(images, labels))
     assert net.training
+
+
+def test_a_shared_weight_counts_once() -> None:
+    torch.manual_seed(1)
+    first, second = torch.nn.Conv2d(3, 3, 1, bias=False), torch.nn.Conv2d(3, 3, 1, bias=False)
+    second.weight = first.weight
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), second, torch.nn.Flatten(), torch.nn.Linear(12, 2)).double()
+    batch = Batch(torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0]))
+    weights = [first.weight, net[4].weight]
+    gradients = torch.autograd.grad(F.cross_entropy(net(batch.images), batch.labels), weights, create_graph=True)
+    assert float(get_score("grad_norm")(net, batch)) == pytest.approx(sum(g.norm().item() for g in gradients))
+    products = torch.autograd.grad(sum((g * g.detach()).sum() for g in gradients), weights)
+    expected = -sum((w.detach() * h).sum().item() for w, h in zip(weights, products, strict=True))
+    assert float(get_score("grasp")(net, batch)) == pytest.approx(expected)

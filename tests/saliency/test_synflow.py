@@ -249,3 +249,16 @@ def test_the_flow_through_operations() -> None:
         net.first.weight.zero_()
     with pytest.raises(ValueError, match="nothing flows"):
         operation_flow(net, {"a": net.a}, batch(3))
+
+
+def test_frozen_networks_and_networks_without_parameters() -> None:
+    torch.manual_seed(10)
+    net = get_space("nb201").network(get_space("nb201").sample(torch.Generator().manual_seed(1)), 4, 1)
+    expected = get_score("synflow")(net, batch(8))
+    for p in list(net.parameters())[::2]:
+        p.requires_grad_(False)
+    before = [p.requires_grad for p in net.parameters()]
+    torch.testing.assert_close(get_score("synflow")(net, batch(8)), expected)
+    assert [p.requires_grad for p in net.parameters()] == before
+    with pytest.raises(ValueError, match="network has no parameters"):
+        get_score("synflow")(nn.ReLU(), batch(8))
