@@ -1,7 +1,7 @@
 """The five rules of docs/training_free.md, compared: ``python -m benchmarks.rules FOLDER TABLE``.
 
 FOLDER holds ``rank-<score>/scores.csv`` of the same 1,000 cells for synflow, naswot, jacob_cov and ntk, and
-``rank-synflow-all``, all as ``fastnas rank`` leaves them.
+``rank-synflow-all``, all as ``fastnas rank`` leaves them. Rules whose scores are not there are left out.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ def compare(folder: Path, table: Table) -> dict[str, dict[str, object]]:
     scores: dict[str, Scores] = {}
     cells: list[str] = []
     for name in ("synflow", "naswot", "jacob_cov", "ntk"):
-        found, scores[name] = read(folder / f"rank-{name}" / "scores.csv")
-        if cells and found != cells:
+        path = folder / f"rank-{name}" / "scores.csv"
+        found, values = read(path) if path.exists() else ([], np.empty(0))
+        if cells and found and found[: len(cells)] != cells[: len(found)]:
             raise ValueError(f"rank-{name} is of other cells")
-        cells = found
+        if not cells:
+            cells = found
+        if len(found) == len(cells):
+            scores[name] = values
     identity = np.array([has_identity_path(cell) for cell in cells])
     accuracy = np.array([table.find(cell)[CHOOSE_BY] for cell in cells])
     every, of_all = read(folder / "rank-synflow-all" / "scores.csv")
@@ -65,7 +69,10 @@ def compare(folder: Path, table: Table) -> dict[str, dict[str, object]]:
     identities = np.array([has_identity_path(cell) for cell in every])
     results: dict[str, dict[str, object]] = {}
     for name, rule in RULES.items():
-        values = rule(scores, identity)
+        try:
+            values = rule(scores, identity)
+        except KeyError:
+            continue
         order = np.argsort(-values, kind="stable")
         ranked = np.isfinite(values)
         results[name] = {
