@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastnas.nn.batch_norm import special
 from fastnas.nn.mixed_op import MixedOp
@@ -18,6 +19,9 @@ from fastnas.nn.nasbench201 import NASBench201Cell
 from fastnas.nn.operations import Identity, ReLUConvBN, Zero
 from fastnas.ops.abs_cell import AbsOp, abs_cell
 from fastnas.ops.absolute import absolute_, restore_
+
+
+_OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, _InstanceNorm)
 
 
 @contextmanager
@@ -29,8 +33,14 @@ def linearised(network: nn.Module) -> Iterator[None]:
 
     Afterwards, also where the block raises, every parameter, buffer and mode is what it was, bit for bit. Don't change
     the network in the block.
+
+    Raises:
+        ValueError: where the network has a norm of another kind, which would make it something else.
     """
     modules = list(network.modules())
+    other = [type(m).__name__ for m in modules if isinstance(m, _OTHER_NORMS)]
+    if other:
+        raise ValueError(f"network has a {other[0]}: only batch norms can be left out, so that what remains is linear")
     training = [m for m in modules if m.__dict__["training"]]
     norms = [m for m in modules if isinstance(m, _BatchNorm)]
     kept = [(n.eps, dict(n._buffers)) for n in norms]

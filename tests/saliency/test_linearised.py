@@ -82,3 +82,12 @@ def test_rescaling_is_exact(top: float) -> None:
     factor = 2.0 ** round(float(rescale.log) / math.log(2))
     for s, t in zip(states, scaled, strict=True):
         assert torch.equal(s.double(), t.double() * factor)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.LayerNorm(3), nn.InstanceNorm2d(4)])
+def test_other_norms_are_refused(norm: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=f"network has a {type(norm).__name__}"), linearised(net):
+        pass
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
