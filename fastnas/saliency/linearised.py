@@ -20,7 +20,6 @@ from fastnas.nn.operations import Identity, ReLUConvBN, Zero
 from fastnas.ops.abs_cell import AbsOp, abs_cell
 from fastnas.ops.absolute import absolute_, restore_
 
-
 _OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, _InstanceNorm)
 
 
