@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fastnas._files import write_text
+
 _ENDS = ("input", "output")  # the labels of a NAS-Bench-101 cell's first and last node
 _MAX_NODES = 1000  # a written range() is expanded, so its length is bounded before that
 
@@ -470,12 +472,7 @@ _G = TypeVar("_G")
 
 def _save(genotype: AnyGenotype, path: Path) -> None:
     text = genotype.to_text() + "\n" if path.suffix == ".txt" else genotype.to_json()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def _load(path: Path, from_json: Callable[[str], _G], from_text: Callable[[str], _G]) -> _G:

@@ -16,12 +16,13 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fastnas._registry import Registry
 from fastnas.nn.batch_norm import normalise, special
 from fastnas.ops.relu_pointwise import relu_pointwise
 
 Builder = Callable[[int, int, bool], nn.Module]
 
-OPS: dict[str, Builder] = {}
+OPS: Registry[Builder] = Registry("primitive")
 """Every known primitive: ``OPS[name](C, stride, affine)`` builds it, from C channels to C channels."""
 
 PRIMITIVES: tuple[str, ...] = (
@@ -43,14 +44,7 @@ def primitive(name: str) -> Callable[[Builder], Builder]:
     Raises:
         ValueError: where ``name`` is taken by another builder.
     """
-
-    def register(build: Builder) -> Builder:
-        if name in OPS:
-            raise ValueError(f"primitive {name!r} is already registered: choose another name")
-        OPS[name] = build
-        return build
-
-    return register
+    return OPS.named(name)
 
 
 def _is_pointwise(m: nn.Module, stride: int) -> TypeGuard[nn.Conv2d]:

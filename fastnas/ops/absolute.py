@@ -249,7 +249,7 @@ def _write_back(tensors: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
 
 
 def _fake_absolute(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].new_empty(sum((t.numel() + _WORD - 1) // _WORD for t in tensors), dtype=torch.int32)
+    return tensors[0].new_empty(sum(_words(t.numel()) for t in tensors), dtype=torch.int32)
 
 
 def _fake_restore(tensors: list[Tensor], signs: Tensor) -> None:

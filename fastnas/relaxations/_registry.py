@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastnas._registry import Registry
+
 Relaxation = Callable[[Tensor], Tensor]
 
-RELAXATIONS: dict[str, Relaxation] = {}
+RELAXATIONS: Registry[Relaxation] = Registry("relaxation")
 
 
 def relaxation(name: str) -> Callable[[Relaxation], Relaxation]:
@@ -15,14 +17,7 @@ def relaxation(name: str) -> Callable[[Relaxation], Relaxation]:
     Raises:
         ValueError: where ``name`` is taken by another function.
     """
-
-    def register(function: Relaxation) -> Relaxation:
-        if name in RELAXATIONS:
-            raise ValueError(f"relaxation {name!r} is already registered: choose another name")
-        RELAXATIONS[name] = function
-        return function
-
-    return register
+    return RELAXATIONS.named(name)
 
 
 def get_relaxation(name: str) -> Relaxation:
@@ -31,7 +26,4 @@ def get_relaxation(name: str) -> Relaxation:
     Raises:
         ValueError: for an unknown name; the message lists the known ones.
     """
-    try:
-        return RELAXATIONS[name]
-    except KeyError:
-        raise ValueError(f"relaxation {name!r} is unknown: expected one of {', '.join(sorted(RELAXATIONS))}") from None
+    return RELAXATIONS.find(name)

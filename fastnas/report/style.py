@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from fastnas._files import write_atomic
+
 DPI = 160
 INK = "#1F2933"  # text
 SLATE = "#52606D"  # nodes, axes
@@ -56,11 +58,5 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Returns `path`, after writing the figure there as PNG; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, FigureCanvasAgg(figure).print_png)
     return path

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastnas._registry import Registry
+
 
 class Batch(NamedTuple):
     """Images and their labels."""
@@ -19,8 +21,8 @@ Saliency = Callable[[nn.Module, Mapping[str, Tensor], Batch], dict[str, Tensor]]
 Score = Callable[[nn.Module, Batch], Tensor]
 """``(network, batch)`` -> a 0-d tensor; higher is better."""
 
-SALIENCIES: dict[str, Saliency] = {}
-SCORES: dict[str, Score] = {}
+SALIENCIES: Registry[Saliency] = Registry("saliency")
+SCORES: Registry[Score] = Registry("score")
 
 
 def saliency(name: str) -> Callable[[Saliency], Saliency]:
@@ -29,14 +31,7 @@ def saliency(name: str) -> Callable[[Saliency], Saliency]:
     Raises:
         ValueError: where ``name`` is taken by another function.
     """
-
-    def register(function: Saliency) -> Saliency:
-        if name in SALIENCIES:
-            raise ValueError(f"saliency {name!r} is already registered: choose another name")
-        SALIENCIES[name] = function
-        return function
-
-    return register
+    return SALIENCIES.named(name)
 
 
 def score(name: str) -> Callable[[Score], Score]:
@@ -45,14 +40,7 @@ def score(name: str) -> Callable[[Score], Score]:
     Raises:
         ValueError: where ``name`` is taken by another function.
     """
-
-    def register(function: Score) -> Score:
-        if name in SCORES:
-            raise ValueError(f"score {name!r} is already registered: choose another name")
-        SCORES[name] = function
-        return function
-
-    return register
+    return SCORES.named(name)
 
 
 def get_saliency(name: str) -> Saliency:
@@ -61,10 +49,7 @@ def get_saliency(name: str) -> Saliency:
     Raises:
         ValueError: for an unknown name; the message lists the known ones.
     """
-    try:
-        return SALIENCIES[name]
-    except KeyError:
-        raise ValueError(f"saliency {name!r} is unknown: expected one of {', '.join(sorted(SALIENCIES))}") from None
+    return SALIENCIES.find(name)
 
 
 def get_score(name: str) -> Score:
@@ -73,7 +58,4 @@ def get_score(name: str) -> Score:
     Raises:
         ValueError: for an unknown name; the message lists the known ones.
     """
-    try:
-        return SCORES[name]
-    except KeyError:
-        raise ValueError(f"score {name!r} is unknown: expected one of {', '.join(sorted(SCORES))}") from None
+    return SCORES.find(name)

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastnas._registry import Registry
 from fastnas.genotype import AnyGenotype
 
 
@@ -62,7 +63,7 @@ class Space(Protocol):
         """Returns a random architecture; all are equally likely."""
 
 
-SPACES: dict[str, Space] = {}
+SPACES: Registry[Space] = Registry("space")
 
 _S = TypeVar("_S", bound=Space)
 
@@ -73,10 +74,7 @@ def register(space: _S) -> _S:
     Raises:
         ValueError: where the name is taken by another space.
     """
-    if space.name in SPACES:
-        raise ValueError(f"space {space.name!r} is already registered: choose another name")
-    SPACES[space.name] = space
-    return space
+    return SPACES.add(space.name, space)
 
 
 def get_space(name: str) -> Space:
@@ -85,7 +83,4 @@ def get_space(name: str) -> Space:
     Raises:
         ValueError: for an unknown name; the message lists the known ones.
     """
-    try:
-        return SPACES[name]
-    except KeyError:
-        raise ValueError(f"space {name!r} is unknown: expected one of {', '.join(sorted(SPACES))}") from None
+    return SPACES.find(name)

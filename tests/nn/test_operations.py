@@ -101,7 +101,7 @@ def test_factorized_reduce_names_the_remedy():
 
 
 def test_own_primitive(monkeypatch):
-    monkeypatch.setattr("fastnas.nn.operations.OPS", dict(OPS))
+    monkeypatch.setattr("fastnas.nn.operations.OPS", copy.copy(OPS))
 
     @primitive("conv_1x1")
     def conv_1x1(C, stride, affine):

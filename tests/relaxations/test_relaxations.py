@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_registry(monkeypatch):
     assert get_relaxation("softmax") is softmax
     with pytest.raises(ValueError, match=r"relaxation 'sofmax' is unknown: expected one of .*softmax"):
         get_relaxation("sofmax")
-    monkeypatch.setattr("fastnas.relaxations._registry.RELAXATIONS", dict(RELAXATIONS))
+    monkeypatch.setattr("fastnas.relaxations._registry.RELAXATIONS", copy.copy(RELAXATIONS))
 
     @relaxation("sigmoid")
     def sigmoid(alphas):

@@ -1,3 +1,4 @@
+import copy
 import csv
 import gzip
 import json
@@ -213,7 +214,7 @@ def test_registry(monkeypatch):
         SPACE.steps = 5
     with pytest.raises(ValueError, match=r"space 'dart' is unknown: expected one of .*darts"):
         get_space("dart")
-    monkeypatch.setattr("fastnas.spaces._registry.SPACES", dict(SPACES))
+    monkeypatch.setattr("fastnas.spaces._registry.SPACES", copy.copy(SPACES))
     mine = register(DartsSpace("mine", ("skip_connect", "sep_conv_7x7")))
     assert get_space("mine") is mine
     with pytest.raises(ValueError, match="space 'mine' is already registered"):
