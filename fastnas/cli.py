@@ -29,12 +29,13 @@ from fastnas._files import write_text
 from fastnas._library import current_backend
 from fastnas.data import DATASETS
 from fastnas.genotype import load_genotype
+from fastnas.nn.stems import STEMS
 from fastnas.relaxations import RELAXATIONS
 from fastnas.saliency import SALIENCIES, SCORES
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING
 from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, sample
-from fastnas.saliency.seeds import STEMS, Found, ScoreOptions, SeedRun, summary, write
+from fastnas.saliency.seeds import Found, ScoreOptions, SeedRun, summary, write
 from fastnas.saliency.statistics import Correlations, Estimate
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
 from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
@@ -79,7 +80,7 @@ _ANNOTATIONS = {
 }
 _METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-_CHOICES = {
+_CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "search": {
         "space": sorted(SPACES),
         "method": sorted(METHODS),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.genotype import Genotype
+from fastnas.nn._common import check_sizes
 from fastnas.nn.operations import OPS, FactorizedReduce, Identity, ReLUConvBN
 from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
 
@@ -143,10 +144,7 @@ class Network(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "layers": layers, "num_classes": num_classes, "in_channels": in_channels}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_sizes(channels=channels, layers=layers, num_classes=num_classes, in_channels=in_channels)
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path} must be a probability below 1")
         check_stem(stem, channels)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastnas.genotype import OneShotGenotype
+from fastnas.nn._common import Between, check_primitives, check_sizes
 from fastnas.nn.mixed_op import MixedOp, as_table
 from fastnas.nn.operations import OPS, ReLUConvBN, primitive
 from fastnas.ops.mixed_sum import mixed_sum
@@ -127,10 +128,8 @@ class OneShotSupernet(nn.Module):
         bn_momentum: float = 0.997,
     ) -> None:
         super().__init__()
-        _check_sizes(channels, layers, num_classes, in_channels)
-        unknown = [p for p in primitives if p not in OPS]
-        if isinstance(primitives, str) or unknown:
-            raise ValueError(f"primitives: {unknown or primitives!r} not known; choose from {', '.join(OPS)}")
+        check_sizes(channels=channels, layers=layers, num_classes=num_classes, in_channels=in_channels)
+        check_primitives(primitives)
         self.stem = ConvBNReLU(in_channels, channels, 3)
         self.cells = nn.ModuleList()
         self._pooled = (layers // 3, 2 * layers // 3)
@@ -156,7 +155,7 @@ class OneShotSupernet(nn.Module):
         x: Tensor,
         weights: Mapping[str, Tensor],
         *,
-        between: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+        between: Between | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
 
@@ -249,7 +248,7 @@ class NASBench101Network(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _check_sizes(channels, layers, num_classes, in_channels)
+        check_sizes(channels=channels, layers=layers, num_classes=num_classes, in_channels=in_channels)
         self.genotype = genotype
         self.stem = ConvBNReLU(in_channels, channels, 3)
         self.cells = nn.ModuleList()
@@ -298,13 +297,6 @@ def vertex_channels(genotype: OneShotGenotype, C_out: int) -> tuple[int, ...]:
         if j not in ends:
             channels[j - 1] = max(channels[i - 1] for i in range(j + 1, steps + 1) if j in genotype.inputs[i - 1])
     return tuple(channels)
-
-
-def _check_sizes(channels: int, layers: int, num_classes: int, in_channels: int) -> None:
-    sizes = {"channels": channels, "layers": layers, "num_classes": num_classes, "in_channels": in_channels}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
 
 
 def _set_momentum(net: nn.Module, momentum: float) -> None:

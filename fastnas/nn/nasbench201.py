@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.genotype import NASBench201Genotype
+from fastnas.nn._common import Between, check_primitives, check_sizes
 from fastnas.nn.fused_cell import FusedCell
 from fastnas.nn.mixed_op import MixedOp, as_table
 from fastnas.nn.operations import OPS, ReLUConvBN
 
 NASBENCH201_PRIMITIVES: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """The five candidates of NAS-Bench-201, in the published order (the columns of ``alphas``)."""
-
-Between = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-"""A function of the states that the next cell reads, which returns what it reads instead."""
 
 
 class NASBench201Cell(nn.Module):
@@ -40,9 +38,7 @@ class NASBench201Cell(nn.Module):
         super().__init__()
         if nodes < 2:
             raise ValueError(f"nodes={nodes} must be at least 2: the input and the output")
-        unknown = [p for p in primitives if p not in OPS]
-        if isinstance(primitives, str) or unknown:
-            raise ValueError(f"primitives: {unknown or primitives!r} not known; choose from {', '.join(OPS)}")
+        check_primitives(primitives)
         self._nodes = nodes
         self._ops = nn.ModuleList(
             MixedOp([OPS[p](C, 1, False) for p in primitives]) for i in range(1, nodes) for _ in range(i)
@@ -125,10 +121,7 @@ class _Skeleton(nn.Module):
         self, channels: int, cells: int, num_classes: int, in_channels: int, cell: Callable[[int], nn.Module]
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "cells": cells, "num_classes": num_classes, "in_channels": in_channels}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_sizes(channels=channels, cells=cells, num_classes=num_classes, in_channels=in_channels)
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
         self.cells = nn.ModuleList()
         for stage in range(3):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 Stem = Literal["cifar", "imagenet"]
 """``cifar``: one convolution at full size. ``imagenet``: three of stride 2, so that cells start at an eighth of it."""
+
+STEMS: tuple[Stem, ...] = get_args(Stem)
 
 
 def check_stem(stem: str, channels: int) -> None:
@@ -16,7 +18,7 @@ def check_stem(stem: str, channels: int) -> None:
     Raises:
         ValueError: where it is unknown, or ``channels`` is odd and the stem halves it.
     """
-    if stem not in ("cifar", "imagenet"):
+    if stem not in STEMS:
         raise ValueError(f"stem={stem!r}: expected cifar or imagenet")
     if stem == "imagenet" and channels % 2:
         raise ValueError(f"channels={channels} must be even: the stem of imagenet starts with half of them")

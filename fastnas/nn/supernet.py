@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from fastnas.nn._common import Between, check_sizes
 from fastnas.nn.cells import Cell
 from fastnas.nn.operations import PRIMITIVES
 from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
@@ -51,10 +52,7 @@ class Supernet(nn.Module):
         stem: Stem = "cifar",
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "layers": layers, "num_classes": num_classes, "in_channels": in_channels}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_sizes(channels=channels, layers=layers, num_classes=num_classes, in_channels=in_channels)
         check_stem(stem, channels)
         if stem == "cifar":
             C_prev_prev = C_prev = stem_multiplier * channels
@@ -94,7 +92,7 @@ class Supernet(nn.Module):
         weights: Mapping[str, Tensor],
         edge_weights: Mapping[str, Tensor] | None = None,
         *,
-        between: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+        between: Between | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
 

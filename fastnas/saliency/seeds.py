@@ -20,12 +20,11 @@ from torch import Tensor
 
 from fastnas._device import as_device
 from fastnas._files import write_text
+from fastnas.nn.stems import STEMS
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING, FreeDarts
 from fastnas.spaces import SPACES, Space, get_space
 from fastnas.tabular import Table, nasbench1shot1, nasbench201, nasbench301
-
-STEMS = ("cifar", "imagenet")
 
 
 @dataclass(frozen=True)
