@@ -74,7 +74,9 @@ def test_matches_reference(target, shape, dtype, layout):
         theirs = gradients(call(), inputs, grad)
         exact = gradients(call(), [t.double() for t in inputs], grad.double())
     if dtype in (torch.float32, torch.float64):
-        assert_close(ours, exact, 1e-5 if dtype == torch.float32 else 1e-13)
+        # An expanded x repeats one rounding error in every term: 2.2e-6 in the chains of the CUDA kernels.
+        tight = 2e-6 if (target.backend, target.device) == ("native", "cpu") else 4e-6
+        assert_close(ours, exact, tight if dtype == torch.float32 else 1e-13)
     else:
         assert_as_precise(ours, theirs, exact)
 
