@@ -1,4 +1,4 @@
-"""Relaxations: functions from ``alphas`` (E, O) to the ``weights`` (E, O) that multiply the candidates' outputs.
+"""Relaxations: from ``alphas`` (E, O) to the ``weights`` (E, O) that multiply the candidates' outputs.
 
 One file each; a file here is found by itself. One of your own is a function with the decorator::
 
@@ -10,11 +10,11 @@ One file each; a file here is found by itself. One of your own is a function wit
 import importlib
 import pkgutil
 
-from fastnas.relaxations._registry import RELAXATIONS, Relaxation, get_relaxation, relaxation
+from fastnas.relaxations._registry import RELAXATIONS, Relaxation, Sampler, get_relaxation, relaxation
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 from fastnas.relaxations.softmax import softmax, softmax_per_node  # noqa: E402
 
-__all__ = ["RELAXATIONS", "Relaxation", "get_relaxation", "relaxation", "softmax", "softmax_per_node"]
+__all__ = ["RELAXATIONS", "Relaxation", "Sampler", "get_relaxation", "relaxation", "softmax", "softmax_per_node"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,20 +16,22 @@ def softmax(alphas: Tensor) -> Tensor:
     return torch.softmax(alphas, dim=-1)
 
 
-def softmax_per_node(betas: Tensor) -> Tensor:
+def softmax_per_node(betas: Tensor, fan_in: Sequence[int] | None = None) -> Tensor:
     """Returns the softmax of edge logits over the edges that enter the same node (PC-DARTS, arXiv:1907.05737, Eq. 4).
 
     Args:
-        betas: (E,) logits, ordered by (node, input): 2 edges for the first node, 3 for the second, ...
+        betas: (E,) logits, ordered by (node, input).
+        fan_in: edges of each node; 2, 3, ..., as in the space of DARTS, where None.
 
     Raises:
-        ValueError: where E is not 2, 5, 9, 14, ...
+        ValueError: where the nodes have other than E edges.
     """
-    fan_in: list[int] = []
-    while sum(fan_in) < betas.numel():
-        fan_in.append(len(fan_in) + 2)
+    if fan_in is None:
+        fan_in = []
+        while sum(fan_in) < betas.numel():
+            fan_in.append(len(fan_in) + 2)
     if betas.dim() != 1 or not fan_in or sum(fan_in) != betas.numel():
         raise ValueError(
-            f"betas has shape {tuple(betas.shape)}: expected one logit an edge, 2 + 3 + ... for the cell's nodes"
+            f"betas has shape {tuple(betas.shape)}: expected one logit an edge, {' + '.join(map(str, fan_in)) or 2}"
         )
-    return torch.cat([torch.softmax(node, dim=0) for node in torch.split(betas, fan_in)])
+    return torch.cat([torch.softmax(node, dim=0) for node in torch.split(betas, list(fan_in))])
