@@ -38,11 +38,20 @@ from fastnas.saliency.rank import Networks, RankOptions, Scored, compare, rank, 
 from fastnas.saliency.seeds import Found, ScoreOptions, SeedRun, summary, write
 from fastnas.saliency.statistics import Correlations, Estimate
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
-from fastnas.search.config import AMP, GROUPS, PRESET, describe_type
+from fastnas.search.config import (
+    ALPHA_OPTIMIZERS,
+    AMP,
+    GROUPS,
+    PERTURBATIONS,
+    PRESET,
+    SELECTIONS,
+    describe_type,
+)
 from fastnas.search.loop import peak_memory
+from fastnas.search.regularizers import REGULARIZERS
 from fastnas.search.run import RunFolder
 from fastnas.spaces import SPACES, get_space
-from fastnas.tabular import Table, nasbench1shot1
+from fastnas.tabular import Table, open_table
 
 _MIB = 2**20
 
@@ -79,6 +88,7 @@ _ANNOTATIONS = {
     for command, options in _OPTIONS.items()
 }
 _METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
+_METAVARS |= {"list[str]": "[NAME,...]", "list[list[int]]": "[[K,OPS,EPOCHS,WARMUP],...]"}
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _CHOICES: dict[str, dict[str, Sequence[str]]] = {
     "search": {
@@ -87,6 +97,10 @@ _CHOICES: dict[str, dict[str, Sequence[str]]] = {
         "relaxation": sorted(RELAXATIONS),
         "data": list(DATASETS),
         "amp": list(AMP),
+        "perturbation": list(PERTURBATIONS),
+        "alpha_optimizer": list(ALPHA_OPTIMIZERS),
+        "regularizer": list(REGULARIZERS),
+        "select": list(SELECTIONS),
     },
     "rank": {"space": sorted(SPACES), "score": sorted(SCORES), "data": list(SOURCES)},
     "score": {
@@ -199,6 +213,15 @@ def _parser(search_defaults: dict[str, Any] | None = None) -> ArgumentParser:
     scoring.add_class_arguments(ScoreOptions)
     commands.add_subcommand("score", scoring, help="search without training, by a saliency")
 
+    report = _Parser(
+        prog="fastnas report",
+        usage="fastnas report RUN",
+        description="Writes one HTML page about a search into its run folder, report.html: curves, cells, what was "
+        "measured and every option. It needs no network and no other file.",
+    )
+    report.add_argument("run", metavar="RUN", help="The run folder.")
+    commands.add_subcommand("report", report, help="one page about a search")
+
     info = _Parser(prog="fastnas info", usage="fastnas info", description="Prints versions and how fastnas was built.")
     commands.add_subcommand("info", info, help="versions, compiler, instruction sets, backends")
 
@@ -238,6 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _score(options.score)
         if options.subcommand == "genotype":
             return _genotype(options.genotype)
+        if options.subcommand == "report":
+            return _report(options.report)
         return _info()
     except KeyboardInterrupt:
         print("fastnas: interrupted", file=sys.stderr)
@@ -295,6 +320,13 @@ def _genotype(options: Namespace) -> int:
     return 0
 
 
+def _report(options: Namespace) -> int:
+    from fastnas.report import write_page
+
+    print(write_page(Path(options.run)))
+    return 0
+
+
 def _search(options: Namespace, arguments: Sequence[str]) -> int:
     config = _config(options)
     folder = RunFolder(options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}")
@@ -348,24 +380,43 @@ def _run(search: Search, folder: RunFolder) -> int:
         def on_epoch(search: Search, record: EpochRecord) -> None:
             folder.record(search, record)
             console.print(_row(record))
+            for line in _remarks(record):
+                console.print(line, highlight=False)
 
         result = search.run(on_step=bar.update, on_epoch=on_epoch)
         if not result.finished:
             folder.save(search)
-        pictures = folder.finish(search) if result.history else ()
+        pictures = folder.finish(search) if result.history or result.finished else ()
     if not result.finished:
         console.print(
             f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"
             f"  fastnas search --resume --out {shlex.quote(str(folder.path))}"
         )
         return 128 + signals[0]
+    if result.history:
+        console.print(f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}")
+    console.print(result.genotype.to_text(), markup=False)
     console.print(
-        f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}\n"
-        f"{result.genotype.to_text()}\n"
         f"in {folder.path}: genotype.json, {', '.join(p.name for p in pictures)}, alphas.png, metrics.csv, "
-        f"config.yaml; curves: tensorboard --logdir {shlex.quote(str(folder.path))}"
+        f"config.yaml; all on one page: fastnas report {shlex.quote(str(folder.path))}"
     )
     return 0
+
+
+_SKIPS = 0.5  # the share of skip connections above which they have taken over
+
+
+def _remarks(record: EpochRecord) -> list[str]:
+    """Returns what an epoch's measures say, in lines below its row."""
+    lines = []
+    found = {name: value for name, value in record.measures.items() if name.startswith("table/")}
+    if found:
+        lines.append("       " + "  ".join(f"{name[6:]} {value:.2f}" for name, value in found.items()))
+    if record.measures.get("discrete/skips", 0.0) > _SKIPS:
+        lines.append(
+            f"[yellow]       skip connections take over: {record.measures['discrete/skips']:.0%} of the operations[/]"
+        )
+    return lines
 
 
 _HEADINGS = "epoch      lr   train loss, acc   alpha loss   valid loss, acc   spread  seconds   MiB"
@@ -502,10 +553,7 @@ def _progress(console: Console, title: str) -> Progress:
 
 def _table(options: RankOptions) -> Table:
     assert options.table is not None
-    if options.space.startswith("nb1shot1"):
-        table = nasbench1shot1.load(options.table)
-    else:
-        table = Table.load(options.table, options.key)
+    table = open_table(options.table, options.space, options.key)
     table.column(options.column)
     return table
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from fastnas.saliency._registry import Batch
-from fastnas.saliency._state import preserved
+from fastnas.nn.preserved import preserved
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers whose weights published scores look at."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.saliency._registry import Batch, score
-from fastnas.saliency._state import preserved
+from fastnas.nn.preserved import preserved
 from fastnas.saliency._visit import LAYERS, check_images, hooked
 
 

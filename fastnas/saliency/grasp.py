@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastnas import twice_differentiable
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, saliency, score
-from fastnas.saliency._state import preserved
+from fastnas.nn.preserved import preserved
 
 
 def hessian_gradient_product(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastnas import twice_differentiable
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, saliency
-from fastnas.saliency._state import preserved
+from fastnas.nn.preserved import preserved
 
 
 @saliency("released-synflow")

@@ -154,7 +154,7 @@ class SeedRun:
 
 def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
     """Returns what tells an architecture's numbers from a table; the larger, the better."""
-    if space == "darts":  # too large for a table: predicted from some of its cells
+    if space.startswith("darts"):  # too large for a table: predicted from some of its cells
         surrogate = nasbench301.Surrogate.fit(path)
         return lambda genotype: {"predicted": float(surrogate.predict([genotype])[0])}
     if space.startswith("nb1shot1"):

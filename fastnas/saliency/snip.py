@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, saliency, score
-from fastnas.saliency._state import preserved
+from fastnas.nn.preserved import preserved
 
 
 @saliency("snip")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from fastnas.relaxations import get_relaxation
 from fastnas.search.methods import get_method
+from fastnas.search.regularizers import REGULARIZERS
 
 PRESET: Any = None
 """The default of an option whose value comes from the method's preset for the data."""
@@ -23,16 +26,24 @@ class SpaceOptions:
         space: The search space.
         method: The search method, a preset of the options below.
         relaxation: The function from alphas to the weights of the mixed operations.
-        k: Partial channels: candidates see 1/k of the channels, the others bypass them. 1 is all channels.
+        k: Partial channels: candidates see 1/k of the channels, the others bypass them. 1 is all channels. Of a search
+            in stages, the first stage's.
+        edge_normalization: A weight for each edge, a softmax over those that enter a node, is learned beside the alphas
+            (PC-DARTS).
+        stages: A progressive search (DrNAS): a list of stages [k, operations, epochs, warm-up]. Each one starts with the
+            best operations of every edge, that many, and with wider ones where its k is smaller; its first epochs leave
+            the alphas alone. [] is one stage of the options k, epochs and alpha_warmup.
         channels: Channels of the first cell. Each reduction cell doubles them.
-        layers: Cells of the supernet, 3 or more; those at 1/3 and 2/3 of the depth are reduction cells. In the space
-            nb201: cells of each of the three stages.
+        layers: Cells of the supernet; those at 1/3 and 2/3 of the depth are reduction cells, so there are 3 or more. In
+            the space nb201: cells of each of the three stages, 1 or more.
     """
 
     space: str = "darts"
     method: str = "darts"
     relaxation: str = PRESET
     k: int = PRESET
+    edge_normalization: bool = PRESET
+    stages: list[list[int]] = PRESET
     channels: int = PRESET
     layers: int = PRESET
 
@@ -67,39 +78,98 @@ class WeightOptions:
     """Training of the weights, by SGD whose learning rate falls along a cosine.
 
     Attributes:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images. Of a search in stages, the sum of theirs.
         lr: Learning rate of the first epoch.
         lr_min: What the learning rate falls towards.
         momentum: Momentum of SGD.
+        nesterov: Nesterov's form of it.
         weight_decay: Weight decay of SGD.
         clip: The largest norm of the weights' gradient; a longer one is scaled down. 0 is off.
+        skip_dropout: Dropout on the skip connections of the first epoch; it falls by exp(-0.2) an epoch (P-DARTS).
+            0 is off.
+        perturbation: What disturbs the weights of the mixed operations while the network's are trained (SDARTS): none;
+            random, uniform noise; or adversarial, what raises the loss most.
+        perturbation_radius: The largest disturbance of a weight, in the first epoch and after the last.
+        accumulate: Parts that a batch is cut into; the gradient is the mean over the parts, each with its own batch
+            norm statistics, and a part's feature maps are all that is kept in memory. 1 is off.
+        checkpoint_cells: Keep only what cells read and run each one again for its gradient: less memory, more time.
     """
 
     epochs: int = PRESET
     lr: float = PRESET
     lr_min: float = PRESET
     momentum: float = PRESET
+    nesterov: bool = PRESET
     weight_decay: float = PRESET
     clip: float = PRESET
+    skip_dropout: float = PRESET
+    perturbation: str = PRESET
+    perturbation_radius: tuple[float, float] = PRESET
+    accumulate: int = 1
+    checkpoint_cells: bool = False
 
 
 @dataclass(frozen=True)
 class AlphaOptions:
-    """Training of the architecture parameters, by Adam.
+    """Training of the architecture parameters, and what becomes of them.
 
     Attributes:
+        order: Whose gradient the alphas follow: 1, the loss at the weights as they are; 2, the loss after a step of the
+            weights (DARTS' second order, about 2.5 times as long); 0, none, the alphas stay as they are.
+        alpha_first: Whether a step moves the alphas before the weights, as DARTS does, or after them, as NAS-Bench-201.
+        alpha_optimizer: adam or sgd.
         alpha_lr: Learning rate of the alphas.
         alpha_betas: Adam's two decay rates.
         alpha_weight_decay: Weight decay of the alphas.
-        alpha_warmup: Epochs in which only the weights are trained, before the alphas start to move.
+        alpha_warmup: Epochs in which only the weights are trained, before the alphas start to move. Of a search in
+            stages, the first stage's.
         alpha_scale: Standard deviation of the alphas at the start.
+        regularizer: What keeps DrNAS' distribution near the uniform one: none; l2, weight decay of the alphas on top of
+            alpha_weight_decay, as published; l2_beta, the distance of the concentrations from 1; or kl, the divergence
+            from the uniform Dirichlet distribution.
+        regularizer_scale: Its factor.
+        temperature: Of the relaxations gumbel_softmax and gdas, in the first and in the last epoch; linear between.
+        select: How the architecture is found in the end: derive, from the alphas; evaluate, the best of random ones
+            with the supernet's weights on the validation images; or random, the first of random ones.
+        candidates: How many random architectures are evaluated.
     """
 
+    order: int = PRESET
+    alpha_first: bool = PRESET
+    alpha_optimizer: str = PRESET
     alpha_lr: float = PRESET
     alpha_betas: tuple[float, float] = PRESET
     alpha_weight_decay: float = PRESET
     alpha_warmup: int = PRESET
     alpha_scale: float = PRESET
+    regularizer: str = PRESET
+    regularizer_scale: float = PRESET
+    temperature: tuple[float, float] = PRESET
+    select: str = PRESET
+    candidates: int = PRESET
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What is measured at the end of an epoch, beside loss and accuracy.
+
+    Attributes:
+        discrete: Measure the architecture so far with the supernet's weights: its accuracy is below the supernet's by
+            the discretisation gap.
+        table: A CSV file, gzipped or not, with what the space's architectures are worth, in which the architecture so
+            far is looked up.
+        columns: The table's columns of interest. [] is test accuracies of NAS-Bench-201, or every column.
+        samples: Architectures that are drawn from a random relaxation and looked up in the table: their mean and their
+            spread. 0 is none.
+        hessian: Every so many epochs, the Hessian of the validation loss of one batch with respect to the alphas:
+            largest eigenvalue, norm and trace. 0 is never.
+    """
+
+    discrete: bool = PRESET
+    table: str | None = None
+    columns: list[str] = PRESET
+    samples: int = PRESET
+    hessian: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,12 +197,39 @@ class MachineOptions:
 AMP: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 """What ``amp`` may be, and the dtype of autocast; None is no autocast."""
 
-GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MachineOptions)
+GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MeasureOptions, MachineOptions)
 """The option groups in the order in which they are shown."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a progressive search (arXiv:2006.10355, section 3.3).
+
+    Attributes:
+        k: Partial channels: candidates see 1/k of the channels.
+        ops: Operations that every edge keeps; 0 is all.
+        epochs: Its length.
+        warmup: Its first epochs in which only the weights are trained.
+    """
+
+    k: int
+    ops: int
+    epochs: int
+    warmup: int
+
+
+SELECTIONS = ("derive", "evaluate", "random")
+"""What ``select`` may be."""
+
+PERTURBATIONS = ("none", "random", "adversarial")
+"""What ``perturbation`` may be."""
+
+ALPHA_OPTIMIZERS = ("adam", "sgd")
+"""What ``alpha_optimizer`` may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(MachineOptions, AlphaOptions, WeightOptions, DataOptions, SpaceOptions):
+class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, DataOptions, SpaceOptions):
     """Every option of a search, each one resolved.
 
     An option that is left out (or None) takes its value from the method's preset for the data, so an instance has no
@@ -145,36 +242,89 @@ class SearchConfig(MachineOptions, AlphaOptions, WeightOptions, DataOptions, Spa
     """
 
     def __post_init__(self) -> None:
-        preset = get_method(self.method).preset(self.data)
+        preset = get_method(self.method).preset(self.data, self.space)
+        given = {name: getattr(self, name) for name in ("k", "epochs", "alpha_warmup")}
         for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
-        # YAML has no tuples.
-        if isinstance(self.alpha_betas, list):
-            object.__setattr__(self, "alpha_betas", tuple(self.alpha_betas))
         for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+            value = getattr(self, field.name)
+            # YAML has no tuples, and a preset none of the lists that YAML has.
+            if isinstance(value, (list, tuple)):
+                value = _plain(value) if str(field.type).startswith("list") else tuple(value)
+                object.__setattr__(self, field.name, value)
+            _check_type(field.name, str(field.type), value)
         for name, (accepts, meaning) in _RANGES.items():
             value = getattr(self, name)
             if not accepts(value):
                 raise ValueError(f"{name}={value!r}: expected {meaning}")
+        if self.stages:
+            first = self.schedule[0]
+            implied = {
+                "k": first.k,
+                "epochs": sum(stage.epochs for stage in self.schedule),
+                "alpha_warmup": first.warmup,
+            }
+            for name, value in implied.items():
+                if given[name] not in (None, value):
+                    raise ValueError(f"{name}={given[name]} with stages={self.stages}: set it there, not by {name}")
+                object.__setattr__(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks what only several options tell."""
         if self.cuda_graphs and not self.device.startswith("cuda"):
             raise ValueError(f"cuda_graphs=True with device={self.device}: only a GPU has them; set it to False")
-        if self.channels % self.k:
-            raise ValueError(f"k={self.k} does not divide channels={self.channels}; choose channels as a multiple of k")
+        fixed = {"order": self.order == 1, "stages": len(self.stages) < 2, "perturbation": self.perturbation == "none"}
+        fixed |= {"relaxation": not get_relaxation(self.relaxation).single_path, "skip_dropout": not self.skip_dropout}
+        fixed |= {"accumulate": self.accumulate == 1, "checkpoint_cells": not self.checkpoint_cells}
+        changing = [name for name, same in fixed.items() if not same]
+        if self.cuda_graphs and changing:
+            name = changing[0]
+            raise ValueError(
+                f"cuda_graphs=True with {name}={getattr(self, name)!r}: such steps are not all alike; set it to False"
+            )
+        for stage in self.schedule:
+            if self.channels % stage.k:
+                raise ValueError(
+                    f"k={stage.k} does not divide channels={self.channels}; choose channels as a multiple of k"
+                )
+            if stage.warmup >= stage.epochs and self.order and self.epochs:
+                name = "a stage's warm-up" if self.stages else "alpha_warmup"
+                raise ValueError(
+                    f"{name}={stage.warmup} with epochs={stage.epochs}: the alphas would never move; "
+                    f"choose a shorter {name} or more epochs"
+                )
+        for earlier, later in itertools.pairwise(self.schedule):
+            if later.k > earlier.k or (earlier.ops and not 0 < later.ops <= earlier.ops):
+                raise ValueError(f"stages={self.stages}: neither k nor the operations can grow from stage to stage")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min={self.lr_min} is above lr={self.lr}; lower lr_min")
-        if self.alpha_warmup >= self.epochs:
+        if self.epochs == 0 and self.select != "random":
+            raise ValueError(f"epochs=0 with select={self.select}: nothing would be learned; choose 1 or more")
+        if self.order == 2 and self.accumulate > 1:
+            raise ValueError("accumulate with order=2: the step of the weights needs the whole batch; set one to 1")
+        if self.accumulate > self.batch_size // 2:
             raise ValueError(
-                f"alpha_warmup={self.alpha_warmup} with epochs={self.epochs}: the alphas would never move; "
-                "choose a shorter alpha_warmup or more epochs"
+                f"accumulate={self.accumulate} with batch_size={self.batch_size}: batch norm wants 2 images a part"
             )
+        if self.regularizer in ("l2_beta", "kl") and self.relaxation != "dirichlet":
+            raise ValueError(
+                f"regularizer={self.regularizer} with relaxation={self.relaxation}: it is for dirichlet; set it to none"
+            )
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages of the search, one at least."""
+        if self.stages:
+            return tuple(Stage(*stage) for stage in self.stages)
+        return (Stage(self.k, 0, self.epochs, self.alpha_warmup),)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain values that YAML and JSON can hold; :meth:`from_dict` reads them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: _plain(v) if isinstance(v, (list, tuple)) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SearchConfig:
@@ -197,6 +347,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "bool": ((bool,), "true or false"),
     "tuple[float, float]": ((tuple,), "two numbers"),
+    "list[str]": ((list,), "a list of names"),
+    "list[list[int]]": ((list,), "a list of stages [k, operations, epochs, warm-up], such as [[4,5,50,10],[2,3,50,10]]"),
 }
 
 
@@ -211,9 +363,29 @@ def _check_type(name: str, annotation: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: expected {meaning}")
 
 
-def _betas(value: object) -> bool:
-    pair = cast("tuple[object, ...]", value)
-    return len(pair) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in pair)
+def _plain(values: Iterable[Any]) -> list[Any]:
+    return [_plain(v) if isinstance(v, (list, tuple)) else v for v in values]
+
+
+def _two(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda pair: len(pair) == 2 and all(type(v) in (int, float) and accepts(v) for v in pair)
+
+
+def _stages(value: Any) -> bool:
+    return all(
+        isinstance(stage, list)
+        and len(stage) == 4
+        and all(type(n) is int for n in stage)
+        and stage[0] >= 1
+        and stage[1] >= 1
+        and stage[2] >= 1
+        and stage[3] >= 0
+        for stage in value
+    )
+
+
+def _one_of(names: Collection[str]) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: v in names, f"one of {', '.join(names)}")
 
 
 _POSITIVE_INT = (lambda v: v >= 1, "a whole number of at least 1")
@@ -224,23 +396,37 @@ _NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number of at least 0")
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "k": _POSITIVE_INT,
     "channels": _POSITIVE_INT,
-    "layers": (lambda v: v >= 3, "at least 3: fewer layers leave no room for both cell types"),
+    "layers": _POSITIVE_INT,
+    "stages": (_stages, _TYPES["list[list[int]]"][1]),
     "train_portion": (lambda v: 0 < v < 1, "a part between 0 and 1, such as 0.5"),
     "batch_size": _POSITIVE_INT,
     "pad": _WHOLE,
     "cutout": _WHOLE,
-    "epochs": _POSITIVE_INT,
+    "epochs": _WHOLE,
     "lr": _POSITIVE,
     "lr_min": _NOT_NEGATIVE,
     "momentum": (lambda v: 0 <= v < 1, "a number of at least 0 and below 1"),
     "weight_decay": _NOT_NEGATIVE,
     "clip": _NOT_NEGATIVE,
+    "skip_dropout": (lambda v: 0 <= v < 1, "a probability of at least 0 and below 1"),
+    "perturbation": _one_of(PERTURBATIONS),
+    "perturbation_radius": (_two(lambda v: 0 <= v <= 1), "two numbers from 0 to 1, such as [0.03, 0.3]"),
+    "accumulate": _POSITIVE_INT,
+    "order": (lambda v: v in (0, 1, 2), "0, 1 or 2"),
+    "alpha_optimizer": _one_of(ALPHA_OPTIMIZERS),
     "alpha_lr": _POSITIVE,
-    "alpha_betas": (_betas, "two numbers of at least 0 and below 1, such as [0.5, 0.999]"),
+    "alpha_betas": (_two(lambda v: 0 <= v < 1), "two numbers of at least 0 and below 1, such as [0.5, 0.999]"),
     "alpha_weight_decay": _NOT_NEGATIVE,
     "alpha_warmup": _WHOLE,
     "alpha_scale": _NOT_NEGATIVE,
+    "regularizer": _one_of(REGULARIZERS),
+    "regularizer_scale": _NOT_NEGATIVE,
+    "temperature": (_two(lambda v: 0 < v < math.inf), "two numbers above 0, such as [10, 0.1]"),
+    "select": _one_of(SELECTIONS),
+    "candidates": _POSITIVE_INT,
+    "samples": _WHOLE,
+    "hessian": _WHOLE,
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     "threads": _WHOLE,
-    "amp": (lambda v: v in AMP, f"one of {', '.join(AMP)}"),
+    "amp": _one_of(AMP),
 }

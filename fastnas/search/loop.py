@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -16,16 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastnas import __version__, _C
 from fastnas._device import as_device
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
-from fastnas.genotype import AnyGenotype
+from fastnas.genotype import AnyGenotype, parse_genotype
+from fastnas.nn.skip_dropout import set_skip_dropout
 from fastnas.relaxations import get_relaxation
-from fastnas.search.architect import Batch, Bilevel
+from fastnas.search.architect import Batch, Bilevel, first_order, second_order
+from fastnas.search.chance import Chance
 from fastnas.search.checkpoint import CheckpointError
-from fastnas.search.config import AMP, SearchConfig
+from fastnas.search.config import AMP, SearchConfig, Stage
 from fastnas.search.graphs import CudaRecorder, GraphedStep
-from fastnas.search.methods import get_method
+from fastnas.search.measures import Measures
+from fastnas.search.perturbation import perturbed
+from fastnas.search.regularizers import get_regularizer
+from fastnas.search.stages import reshape
 from fastnas.spaces import get_space
+from fastnas.spaces._tables import draw
+
+Arguments = dict[str, Any]
+"""What a supernet's forward is given beside the images."""
 
 # On a GPU, reading a loss back waits for the step to end; every tenth step is often enough for a progress bar.
 _GPU_READ_EVERY = 10
@@ -41,21 +54,27 @@ class EpochRecord:
 
     Attributes:
         epoch: Counted from 1.
+        stage: Of a search in stages, counted from 1.
+        k: Partial channels of that stage.
         lr: Learning rate of the weights.
         train_loss: Mean cross entropy of the weight steps, each measured before the step.
         train_accuracy: The same batches' accuracy, 0 to 1.
         alpha_loss: Mean cross entropy of the batches of the architecture steps; NaN while the alphas warm up.
-        valid_loss: Cross entropy of the supernet on all validation images, after the epoch. BatchNorm uses its
-            running statistics (eval mode) and images are not augmented.
+        valid_loss: Cross entropy of the supernet on all validation images, after the epoch, with the relaxation's mean
+            weights; as :meth:`Search.evaluate` says.
         valid_accuracy: The accuracy of that pass, 0 to 1. The alphas are trained on these images, as in DARTS, so
             this is no measure of generalisation.
         alpha_spread: max - min of an edge's alphas, averaged over the edges.
         entropy: Entropy of an edge's weights in nats, averaged over the edges; log(primitives) is undecided.
+        genotype: What the weights of the mixed operations stand for, in its notation.
+        measures: What the options ask for beside that, by name; see :mod:`fastnas.search.measures`.
         seconds: Wall-clock time.
         peak_memory: Bytes: allocated by torch on a GPU, else the largest resident size of the process so far.
     """
 
     epoch: int
+    stage: int
+    k: int
     lr: float
     train_loss: float
     train_accuracy: float
@@ -64,6 +83,8 @@ class EpochRecord:
     valid_accuracy: float
     alpha_spread: float
     entropy: float
+    genotype: str
+    measures: dict[str, float]
     seconds: float
     peak_memory: int
 
@@ -94,8 +115,9 @@ class SearchResult:
 class Search:
     """A bilevel search that can be stopped, saved and resumed between any two steps.
 
-    Each step first moves the alphas on a batch of the validation part, then the weights on a batch of the training
-    part. Both forward passes update BatchNorm's running statistics, as in DARTS' scripts.
+    Each step moves the alphas on a batch of the validation part and the weights on a batch of the training part, in the
+    order that the options say. Both forward passes update BatchNorm's running statistics, as in DARTS' scripts; those
+    of a second-order step do not.
 
     Args:
         config: The options.
@@ -104,9 +126,13 @@ class Search:
     Attributes:
         epoch: Finished epochs.
         step: Finished steps of the epoch under way.
+        stage: Index of the stage that the next step belongs to.
         space: The search space.
+        relaxation: From alphas to the weights of the mixed operations.
         steps_per_epoch: Steps in an epoch.
         parts: The indices of the images that train the weights, and of those that train the alphas.
+        kept: The operations that each edge keeps, (E, n) ascending indices for each table of alphas; empty as long as
+            it is all.
         history: One record for each finished epoch.
         weights: The mixed operations' weights at the start and after each finished epoch, on the CPU.
 
@@ -115,14 +141,13 @@ class Search:
         OSError: where the data cannot be read.
     """
 
-    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs"})
+    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs", "table"})
     """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
         self.config = config
         self.device = as_device(config.device)
-        self._method = get_method(config.method)
-        self._relax = get_relaxation(config.relaxation)
+        self.relaxation = get_relaxation(config.relaxation)
         self.space = get_space(config.space)
         data = load(config.data, config.root) if data is None else data
         train, valid = split(len(data.images), config.train_portion, self._generator("split"))
@@ -148,47 +173,98 @@ class Search:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(config.seed, "weights"))
             supernet = self.space.supernet(
-                config.channels, config.layers, len(data.classes), data.images.shape[1], config.k
+                config.channels, config.layers, len(data.classes), data.images.shape[1], config.schedule[0].k
             )
         self.supernet = supernet.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.checkpoint_cells:
+            if not hasattr(self.supernet, "checkpoint_cells"):
+                raise ValueError(f"checkpoint_cells with space={config.space}: it cannot run cells again; leave it out")
+            self.supernet.checkpoint_cells = True
         self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
-        if len({alpha.shape[1] for alpha in self.alphas.values()}) > 1:
-            raise ValueError(
-                f"space={config.space!r} has alphas for more than operations, which this search does not follow; "
-                "train its supernet in a loop of your own, or choose darts or nb201"
-            )
-        # The learning rate is a tensor on the device, which only the fused update reads there.
-        self._weight_optimizer = torch.optim.SGD(
-            self.supernet.parameters(),
-            torch.tensor(config.lr, device=self.device),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        on_gpu = self.device.type == "cuda"
-        self._alpha_optimizer = torch.optim.Adam(
-            list(self.alphas.values()),
-            config.alpha_lr,
-            betas=config.alpha_betas,
-            weight_decay=config.alpha_weight_decay,
-            fused=on_gpu,
-            capturable=on_gpu,
-            foreach=not on_gpu,
-        )
-        self._bilevel = Bilevel(self.supernet, self._weight_optimizer, self.alphas, self._loss)
-        self._alpha_step: Callable[..., None] = self._update_alphas
-        self._weight_step: Callable[..., None] = self._update_weights
-        if config.cuda_graphs:
-            self._record_steps()
+        self._edge_alphas = self._init_edge_alphas() if config.edge_normalization else {}
+        self._chance = Chance(self.device, _seed(config.seed, "chance"))
+        self.kept: dict[str, Tensor] = {}
+        self._check_stages()
+        self._regularizer = get_regularizer(config.regularizer)
+        self._weight_optimizer = self._sgd({})
+        self._alpha_optimizer = self._optimizer_of_alphas()
+        self._prepare()
 
         self.epoch = 0
         self.step = 0
+        self.stage = 0
         self.history: list[EpochRecord] = []
         self.weights = [self._current_weights()]
+        self._chosen: AnyGenotype | None = None
+        self._measures = Measures(config, self.space)
         # Summed loss, correct answers and images of the weight steps; summed loss and images of the alpha steps.
         self._totals = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
         self._stop = False
+
+    def _init_edge_alphas(self) -> dict[str, Tensor]:
+        edges = len(self.space.edges)
+        if any(len(alpha) != edges for alpha in self.alphas.values()):
+            raise ValueError(f"edge_normalization with space={self.config.space}: its alphas are not one row an edge")
+        shapes = {name: (1, edges) for name in self.alphas}
+        drawn = draw(shapes, self._generator("edge alphas"), self.config.alpha_scale, self.device)
+        return {name: row.detach()[0].requires_grad_() for name, row in drawn.items()}
+
+    def _check_stages(self) -> None:
+        schedule = self.config.schedule
+        widths = {alpha.shape[1] for alpha in self.alphas.values()}
+        if len(schedule) > 1 and (len(widths) > 1 or not hasattr(self.supernet, "mixed_ops")):
+            raise ValueError(f"stages with space={self.config.space}: its candidates cannot be pruned; set it to []")
+        if 0 < schedule[0].ops < max(widths):
+            raise ValueError(
+                f"stages={self.config.stages}: the first stage starts with all {max(widths)} operations; "
+                "write that number, or 0 for all"
+            )
+
+    def _sgd(self, state: Mapping[Tensor, Any]) -> torch.optim.SGD:
+        """Returns the optimizer of the supernet's parameters, with the state of those that have one."""
+        c = self.config
+        optimizer = torch.optim.SGD(
+            self.supernet.parameters(),
+            torch.tensor(c.lr, device=self.device),  # which the fused update reads on the device
+            momentum=c.momentum,
+            weight_decay=c.weight_decay,
+            nesterov=c.nesterov,
+            fused=True,
+        )
+        for parameter in optimizer.param_groups[0]["params"]:
+            if parameter in state:
+                optimizer.state[parameter] = state[parameter]
+        return optimizer
+
+    def _optimizer_of_alphas(self) -> torch.optim.Optimizer:
+        c = self.config
+        weight_decay = c.alpha_weight_decay + (c.regularizer_scale if c.regularizer == "l2" else 0.0)
+        tables = [*self.alphas.values(), *self._edge_alphas.values()]
+        if c.alpha_optimizer == "sgd":
+            return torch.optim.SGD(tables, c.alpha_lr, weight_decay=weight_decay, foreach=True)
+        on_gpu = self.device.type == "cuda"
+        return torch.optim.Adam(
+            tables,
+            c.alpha_lr,
+            betas=c.alpha_betas,
+            weight_decay=weight_decay,
+            fused=on_gpu,
+            capturable=on_gpu,
+            foreach=not on_gpu,
+        )
+
+    def _prepare(self) -> None:
+        """Makes the steps, which hold on to the optimizers' tensors."""
+        upper = {**self.alphas, **{f"betas-{name}": beta for name, beta in self._edge_alphas.items()}}
+        self._bilevel = Bilevel(self.supernet, self._weight_optimizer, upper, self._loss, self._chance.rewind)
+        self._alpha_step: Callable[..., None] = self._update_alphas
+        self._weight_step: Callable[..., None] = self._update_weights
+        if self.config.cuda_graphs:
+            recorder = CudaRecorder(self.device)
+            generators = [self._chance.generator]
+            self._alpha_step = GraphedStep(self._update_alphas, recorder, generators)
+            self._weight_step = GraphedStep(self._update_weights, recorder, generators)
 
     def stop(self) -> None:
         """Asks the search to stop after the step under way; it can be called from a callback or a signal handler."""
@@ -209,7 +285,7 @@ class Search:
         Raises:
             DivergenceError: where the loss is no longer a finite number.
         """
-        with _settings(self.device, self.config.threads):
+        with _settings(self.device, self.config.threads), self._chance:
             while self.epoch < self.config.epochs and not self._stop:
                 self._run_epoch(on_step)
                 if self.step == self.steps_per_epoch:
@@ -221,16 +297,23 @@ class Search:
 
     def result(self) -> SearchResult:
         """Returns what the search has come to so far."""
-        weights = self._current_weights()
         return SearchResult(
             config=self.config,
             finished=self.epoch == self.config.epochs,
-            genotype=self.space.derive(weights),
+            genotype=self.genotype(),
             alphas={name: alpha.detach().cpu().clone() for name, alpha in self.alphas.items()},
             weights=list(self.weights),
             history=list(self.history),
             supernet=self.supernet,
         )
+
+    def genotype(self) -> AnyGenotype:
+        """Returns the architecture so far."""
+        if self._chosen is not None:
+            return self._chosen
+        if self.config.select != "derive":  # until the end, when one is chosen
+            return next(self._random_architectures())
+        return self.space.derive(self.mean_weights())
 
     def progress(self) -> dict[str, float]:
         """Returns the means over the epoch under way: train_loss, train_accuracy and alpha_loss."""
@@ -254,8 +337,13 @@ class Search:
             "seconds": self._seconds,
             "history": [asdict(record) for record in self.history],
             "weights": self.weights,
+            "stage": self.stage,
+            "kept": self.kept,
+            "chosen": None if self._chosen is None else self._chosen.to_text(),
+            "chance": self._chance.state_dict(),
+            "machine": machine(),
             "supernet": self.supernet.state_dict(),
-            "alphas": {name: alpha.detach() for name, alpha in self.alphas.items()},
+            "alphas": {name: alpha.detach() for name, alpha in self._bilevel.alphas.items()},
             "weight_optimizer": self._weight_optimizer.state_dict(),
             "alpha_optimizer": self._alpha_optimizer.state_dict(),
             "train_batches": self._train_batches.state_dict(),
@@ -279,17 +367,30 @@ class Search:
                 f"the checkpoint is of a search with {name}={theirs[name]!r}, this one has "
                 f"{name}={mine[name]!r}; resume with the options of the checkpoint"
             )
+        if state["machine"] != machine():
+            changed = {k: (v, machine()[k]) for k, v in state["machine"].items() if machine()[k] != v}
+            name, (before, now) = next(iter(changed.items()))
+            warnings.warn(
+                f"the checkpoint was written with {name} {before}, this is {now}: the search goes on, but not with the "
+                "same bits",
+                stacklevel=2,
+            )
+        self.stage = state["stage"]
+        if self.stage:
+            self._reshape({name: kept.to(self.device) for name, kept in state["kept"].items()})
         self.supernet.load_state_dict(state["supernet"])
         with torch.no_grad():
-            for name, alpha in self.alphas.items():
+            for name, alpha in self._bilevel.alphas.items():
                 alpha.copy_(state["alphas"][name])
         for name, optimizer in (("weight", self._weight_optimizer), ("alpha", self._alpha_optimizer)):
             # An optimizer keeps the tensors that it is given; they may be another search's. Its settings follow from
             # the options and the machine, and the machine may be another.
             saved = copy.deepcopy(state[f"{name}_optimizer"]["state"])
             optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        if self.config.cuda_graphs:
-            self._record_steps()  # anew: the optimizers' tensors are others now
+        self._prepare()  # anew: the optimizers' tensors are others now
+        self._chance.load_state_dict(state["chance"])
+        chosen = state["chosen"]
+        self._chosen = None if chosen is None else parse_genotype(chosen)
         self._train_batches.load_state_dict(state["train_batches"])
         self._valid_batches.load_state_dict(state["valid_batches"])
         self._augment_generator.set_state(state["augment_generator"])
@@ -302,6 +403,8 @@ class Search:
         self.supernet.train()
         for group in self._weight_optimizer.param_groups:
             group["lr"].fill_(self._lr())
+        if self.config.skip_dropout:
+            set_skip_dropout(self.supernet, self.config.skip_dropout * math.exp(-0.2 * self.epoch))
         start = time.perf_counter()
         before = self._seconds
         for indices in self._train_batches:
@@ -318,50 +421,96 @@ class Search:
 
     def _step(self, indices: Tensor) -> None:
         train = self._augmented(indices)
-        if self.epoch >= self.config.alpha_warmup:
+        if not self.config.alpha_first:
+            self._weight_step(*train)
+        if self.config.order and self.epoch >= self._first_epoch(self.stage) + self._current_stage.warmup:
             valid = self._augmented(self._valid_batches.sample())
             self._alpha_step(*train, *valid)
-        self._weight_step(*train)
+        if self.config.alpha_first:
+            self._weight_step(*train)
 
-    def _record_steps(self) -> None:
-        recorder = CudaRecorder(self.device)
-        self._alpha_step = GraphedStep(self._update_alphas, recorder)
-        self._weight_step = GraphedStep(self._update_weights, recorder)
+    @property
+    def _current_stage(self) -> Stage:
+        return self.config.schedule[self.stage]
+
+    def _first_epoch(self, stage: int) -> int:
+        return sum(s.epochs for s in self.config.schedule[:stage])
 
     def _update_alphas(self, train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> None:
-        loss, _ = self._method.architect(self._bilevel, (train_images, train_labels), (images, labels))
+        architect = second_order if self.config.order == 2 else first_order
+        parts = [(images, labels)]
+        if self.config.accumulate > 1:
+            parts = list(zip(images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True))
+            rewind = self._chance.rewind()
+        sums: list[Tensor] = []
+        tables = list(self._bilevel.alphas.values())
+        for i, part in enumerate(parts):
+            if i:
+                rewind()
+            _, logits = architect(self._bilevel, (train_images, train_labels), part)
+            self._totals[3].add_(F.cross_entropy(logits, part[1], reduction="sum"))
+            if len(parts) > 1:
+                share = len(part[1]) / len(labels)
+                grads = [share * table.grad for table in tables if table.grad is not None]
+                sums = grads if not sums else torch._foreach_add(sums, grads)
+        for table, grad in zip(tables, sums, strict=bool(sums)):
+            table.grad = grad
         self._alpha_optimizer.step()
-        self._totals[3].add_(loss * len(labels))
         self._totals[4].add_(len(labels))
 
     def _update_weights(self, images: Tensor, labels: Tensor) -> None:
         self._weight_optimizer.zero_grad()
         # The alphas stand still here, so their gradient is not computed.
         with torch.no_grad():
-            weights = self._weights()
-        logits = self._logits(images, weights)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+            arguments = self._arguments()
+        if self.config.perturbation != "none":
+            arguments["weights"] = self._perturbed(arguments, images, labels)
+        pieces = zip(images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True)
+        for part, answers in pieces:
+            logits = self._logits(part, arguments)
+            loss = F.cross_entropy(logits, answers)
+            (loss * (len(answers) / len(labels))).backward()
+            self._totals[0].add_(loss.detach() * len(answers))
+            self._totals[1].add_((logits.detach().argmax(1) == answers).sum())
         if self.config.clip:
+            # a path that is not taken leaves no gradient
             nn.utils.clip_grad_norm_(self._bilevel.parameters, self.config.clip, foreach=True)
         self._weight_optimizer.step()
-        self._totals[0].add_(loss.detach() * len(labels))
-        self._totals[1].add_((logits.detach().argmax(1) == labels).sum())
         self._totals[2].add_(len(labels))
+
+    def _perturbed(self, arguments: Arguments, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        first, last = self.config.perturbation_radius
+        radius = first + (last - first) * self.epoch / self.config.epochs
+        return perturbed(
+            self.config.perturbation,
+            arguments["weights"],
+            radius,
+            lambda weights: F.cross_entropy(self._logits(images, {**arguments, "weights": weights}), labels),
+            self.supernet,
+            self._chance.generator,
+        )
 
     def _end_epoch(self) -> EpochRecord:
         start = time.perf_counter()
+        last = self.epoch + 1 == self.config.epochs
+        if last and self.config.select == "evaluate":
+            self._chosen = self._best_architecture()
         valid_loss, valid_accuracy = self.evaluate()
         weights = self._current_weights()
-        rows = torch.cat(list(weights.values()))
+        genotype = self.genotype()
+        rows = [row for name, table in weights.items() for row in table]
         record = EpochRecord(
             epoch=self.epoch + 1,
+            stage=self.stage + 1,
+            k=self._current_stage.k,
             lr=self._lr(),
             **self.progress(),
             valid_loss=valid_loss,
             valid_accuracy=valid_accuracy,
-            alpha_spread=alpha_spread(self.alphas),
-            entropy=torch.special.entr(rows).sum(1).mean().item(),
+            alpha_spread=alpha_spread(self.alphas, self.kept),
+            entropy=sum(torch.special.entr(row).sum().item() for row in rows) / len(rows),
+            genotype=genotype.to_text(),
+            measures=self._measures(self, genotype),
             seconds=self._seconds + time.perf_counter() - start,
             peak_memory=peak_memory(self.device),
         )
@@ -369,27 +518,77 @@ class Search:
         self._totals.zero_()
         self.weights.append(weights)
         self.history.append(record)
+        if not last and self.epoch == self._first_epoch(self.stage + 1):
+            self.stage += 1
+            self._reshape(self._best_operations(self._current_stage.ops))
+            self._prepare()
         return record
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Returns the supernet's mean loss and accuracy on all validation images.
+    def _best_operations(self, number: int) -> dict[str, Tensor]:
+        """Returns the indices of the operations that a stage keeps, (E, number) in ascending order for each table."""
+        if not number:
+            return self.kept
+        return {
+            name: weights.topk(number, dim=1).indices.sort(dim=1).values for name, weights in self.mean_weights().items()
+        }
 
-        BatchNorm uses its running statistics (eval mode), never those of the batch; images are not augmented.
+    def _reshape(self, kept: dict[str, Tensor]) -> None:
+        """Gives the supernet the form of the stage: the kept operations, and its k; momentum goes along."""
+        self.kept = kept
+        replaced = reshape(self.supernet, kept, self._current_stage.k, self._generator(f"stage {self.stage}"))
+        state: dict[Tensor, Any] = dict(self._weight_optimizer.state)
+        for record in replaced:
+            if record.old in state:
+                state[record.new] = {
+                    key: record.select(value) if isinstance(value, Tensor) and value.shape == record.old.shape else value
+                    for key, value in state.pop(record.old).items()
+                }
+        self._weight_optimizer = self._sgd(state)
+
+    def evaluate(self, genotype: AnyGenotype | None = None) -> tuple[float, float]:
+        """Returns the mean loss and the accuracy on all validation images, with the supernet's parameters.
+
+        Images are not augmented. Of the supernet itself, BatchNorm uses its running statistics (eval mode). Those of
+        single paths are of as many networks as there are steps: there, every batch takes a path of its own and is
+        normalised by its own statistics, as in training, and so is a single architecture.
+
+        Args:
+            genotype: One architecture of the space, instead of the supernet with the relaxation's mean weights.
         """
+        single_path = self.relaxation.single_path
+        if genotype is None and not single_path:
+            return self._evaluate(lambda: self._mean_arguments(), running=True)
+        if genotype is not None:
+            arguments = self._arguments_of(genotype)
+            return self._evaluate(lambda: arguments, running=False)
+        generator = torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"paths {self.epoch}"))
+        return self._evaluate(lambda: self._arguments(generator), running=False)
+
+    @torch.no_grad()
+    def _evaluate(self, arguments: Callable[[], Arguments], *, running: bool) -> tuple[float, float]:
         training = self.supernet.training
-        self.supernet.eval()
-        weights = self._weights()
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for indices in torch.split(self.parts[1], self.config.batch_size):
-            pixels, labels = self._batch(indices)
-            logits = self._logits(normalize(pixels, self._mean, self._std), weights)
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
+        with kept_statistics(self.supernet):
+            self.supernet.train(not running)
+            for indices in torch.split(self.parts[1], self.config.batch_size):
+                pixels, labels = self._batch(indices)
+                logits = self._logits(normalize(pixels, self._mean, self._std), arguments())
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+                correct += (logits.argmax(1) == labels).sum()
         self.supernet.train(training)
         images = len(self.parts[1])
         return loss.item() / images, correct.item() / images
+
+    def _random_architectures(self) -> Iterator[AnyGenotype]:
+        generator = self._generator("architectures")
+        while True:
+            yield self.space.sample(generator)
+
+    def _best_architecture(self) -> AnyGenotype:
+        """Returns the best of random architectures by the validation accuracy with the supernet's parameters."""
+        candidates = list(itertools.islice(self._random_architectures(), self.config.candidates))
+        return max(candidates, key=lambda genotype: self.evaluate(genotype)[1])
 
     def _batch(self, indices: Tensor) -> Batch:
         indices = to_device(indices, self.device)
@@ -401,22 +600,91 @@ class Search:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        logits = self._logits(images, self._weights())
-        return F.cross_entropy(logits, labels), logits
+        logits = self._logits(images, self._arguments())
+        loss = F.cross_entropy(logits, labels)
+        penalty = self._regularizer(self.alphas, self.config.regularizer_scale)
+        return (loss if penalty is None else loss + penalty), logits
 
-    def _logits(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def _logits(self, images: Tensor, arguments: Arguments) -> Tensor:
         # Each parameter is read once a forward, so a cache of their casts would only hold memory.
         dtype = AMP[self.config.amp]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
-            logits: Tensor = self.supernet(images, weights)
+            logits: Tensor = self.supernet(images, **arguments)
         return logits.float()
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: self._relax(alpha) for name, alpha in self.alphas.items()}
+    def _arguments(self, generator: torch.Generator | None = None) -> Arguments:
+        """Returns what the supernet is given in a forward, with a new draw of all that is random."""
+        generator = self._chance.generator if generator is None else generator
+        temperature = self._temperature()
+        weights = self._tables(lambda alpha: self.relaxation(alpha, generator, temperature))
+        arguments = self._with_edge_weights(weights)
+        if self.relaxation.single_path:
+            arguments["path"] = _path(weights)
+        return arguments
+
+    def _mean_arguments(self) -> Arguments:
+        return self._with_edge_weights(self._tables(self.relaxation.mean))
+
+    def _arguments_of(self, genotype: AnyGenotype) -> Arguments:
+        """Returns the supernet's arguments for one architecture: weights 1 and 0."""
+        weights = {name: table.to(self.device) for name, table in self.space.encode(genotype).items()}
+        arguments = self._with_edge_weights(weights)
+        if hasattr(self.supernet, "mixed_ops"):
+            arguments["path"] = _path(weights, self.space.primitives)
+        return arguments
+
+    def _with_edge_weights(self, weights: dict[str, Tensor]) -> Arguments:
+        if not self._edge_alphas:
+            return {"weights": weights}
+        return {"weights": weights, "edge_weights": self._edge_weights()}
+
+    def _edge_weights(self) -> dict[str, Tensor]:
+        """Returns the relaxation's mean over the edges that enter a node, (E,) for each cell type."""
+        fan_in = [len(list(group)) for _, group in itertools.groupby(i for i, _ in self.space.edges)]
+        return {
+            name: torch.cat([self.relaxation.mean(node[None])[0] for node in beta.split(fan_in)])
+            for name, beta in self._edge_alphas.items()
+        }
+
+    def _tables(self, relax: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Returns the weights of all candidates: what ``relax`` makes of the kept ones' alphas, 0 for the others."""
+        if not self.kept:
+            return {name: relax(alpha) for name, alpha in self.alphas.items()}
+        return {
+            name: torch.zeros_like(alpha).scatter(1, self.kept[name], relax(alpha.gather(1, self.kept[name])))
+            for name, alpha in self.alphas.items()
+        }
+
+    @torch.no_grad()
+    def mean_weights(self) -> dict[str, Tensor]:
+        """Returns the scores that an architecture is derived from: the relaxation's mean, times the edges' weights."""
+        weights = self._tables(self.relaxation.mean)
+        if not self._edge_alphas:
+            return weights
+        return {name: weights[name] * edges[:, None] for name, edges in self._edge_weights().items()}
+
+    @torch.no_grad()
+    def sampled_weights(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns scores of a random architecture, as likely as the relaxation has it.
+
+        A relaxation that draws gives a draw; from one that does not, an operation is drawn for each edge with the
+        probabilities that its weights are.
+        """
+        if self.relaxation.sampler is not None:
+            return self._tables(lambda alpha: self.relaxation(alpha, generator, self._temperature()))
+        noise = {
+            name: torch.rand(w.shape, generator=generator, device=w.device) for name, w in self.mean_weights().items()
+        }
+        # the largest of w / -log(u) is o with probability w_o: an exponential race
+        return {name: w / -noise[name].clamp(1e-20, 1 - 1e-7).log() for name, w in self.mean_weights().items()}
 
     def _current_weights(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {name: weights.cpu() for name, weights in self._weights().items()}
+            return {name: weights.cpu() for name, weights in self._tables(self.relaxation.mean).items()}
+
+    def _temperature(self) -> float:
+        first, last = self.config.temperature
+        return first + (last - first) * self.epoch / max(1, self.config.epochs - 1)
 
     def _lr(self) -> float:
         c = self.config
@@ -452,10 +720,40 @@ def search(
     return Search(config, data=data).run(on_step=on_step, on_epoch=on_epoch)
 
 
-def alpha_spread(alphas: Mapping[str, Tensor]) -> float:
-    """Returns max - min of an edge's alphas, averaged over all edges: how far the search has moved them apart."""
-    rows = torch.cat([alpha.detach() for alpha in alphas.values()])  # (E, O)
-    return (rows.amax(1) - rows.amin(1)).mean().item()
+def alpha_spread(alphas: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> float:
+    """Returns max - min of an edge's alphas, averaged over all edges: how far the search has moved them apart.
+
+    Args:
+        alphas: Tables (E, O).
+        kept: Indices (E, n) of the operations that count; all where there are none.
+    """
+    tables = [alpha.detach() if not kept else alpha.detach().gather(1, kept[name]) for name, alpha in alphas.items()]
+    return torch.cat([table.amax(1) - table.amin(1) for table in tables]).mean().item()
+
+
+def machine() -> dict[str, str | int]:
+    """Returns what the bits of a search depend on beside its options."""
+    build = _C.build_info()
+    return {
+        "machine": platform.machine(),
+        "instruction set": str(build["cpu_isa"]),
+        "torch": torch.__version__,
+        "fastnas": __version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _path(weights: Mapping[str, Tensor], primitives: Sequence[str] = ()) -> dict[str, list[int]]:
+    """Returns the candidate of each edge whose weight is not 0; of an edge without one, ``none`` where there is that.
+
+    All tables are read back from a GPU by one copy.
+    """
+    rows = torch.cat(list(weights.values()))
+    chosen = rows.argmax(1)
+    if "none" in primitives:
+        chosen = torch.where(rows.amax(1) > 0, chosen, primitives.index("none"))
+    indices = iter(chosen.tolist())
+    return {name: list(itertools.islice(indices, len(table))) for name, table in weights.items()}
 
 
 def peak_memory(device: torch.device) -> int:

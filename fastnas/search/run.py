@@ -45,7 +45,7 @@ class RunFolder:
     | file | what |
     | --- | --- |
     | `config.yaml` | every option, resolved: `fastnas search --config config.yaml` repeats the search |
-    | `metrics.csv` | one row an epoch, the fields of :class:`~fastnas.search.EpochRecord` |
+    | `metrics.csv` | one row an epoch, the fields of :class:`~fastnas.search.EpochRecord`, a column a measure |
     | `events.out.tfevents.*` | the same for TensorBoard |
     | `checkpoint.pt` | the state to resume from |
     | `genotype.json`, `genotype.txt` | the architecture so far; the text is in the space's published notation |
@@ -130,6 +130,7 @@ class RunFolder:
             CheckpointError: where there is no checkpoint that fits.
         """
         search.load_state_dict(checkpoint.load(self.path / "checkpoint.pt"))
+        self._write_metrics(search)  # rows of epochs after the checkpoint will come again
 
     def save(self, search: Search) -> None:
         """Writes the checkpoint; atomically, as every file here."""
@@ -137,11 +138,7 @@ class RunFolder:
 
     def record(self, search: Search, record: EpochRecord) -> None:
         """Writes what an epoch came to: metrics, events, genotype and checkpoint."""
-        table = io.StringIO()
-        rows = csv.DictWriter(table, [field.name for field in fields(EpochRecord)], lineterminator="\n")
-        rows.writeheader()
-        rows.writerows(asdict(r) for r in search.history)
-        self._write_text("metrics.csv", table.getvalue())
+        self._write_metrics(search)
         self._write_events(record)
         self._write_genotype(search.result())
         self.save(search)
@@ -154,10 +151,15 @@ class RunFolder:
         result = search.result()
         self._write_genotype(result)
         pictures = draw_genotype(result.genotype, self.path)
-        history = {name: torch.stack([w[name] for w in result.weights]) for name in result.weights[0]}  # (T, E, O)
-        edges = search.space.edges
-        inputs = INPUTS[-min(i for i, _ in edges) :]  # the states before the first that an edge leads to
-        plot_alphas(history, search.space.primitives, edges, self.path / "alphas.png", inputs=inputs)
+        edges, primitives = search.space.edges, search.space.primitives
+        history = {
+            name: torch.stack([w[name] for w in result.weights])  # (T, E, O)
+            for name, table in result.weights[0].items()
+            if table.shape == (len(edges), len(primitives))
+        }
+        if history:
+            inputs = INPUTS[-min(i for i, _ in edges) :]  # the states before the first that an edge leads to
+            plot_alphas(history, primitives, edges, self.path / "alphas.png", inputs=inputs)
         return pictures
 
     def _is_run(self) -> bool:
@@ -169,6 +171,19 @@ class RunFolder:
 
     def _write_text(self, name: str, text: str) -> None:
         write_text(self.path / name, text)
+
+    def _write_metrics(self, search: Search) -> None:
+        """Writes one row an epoch; a measure that was not taken in an epoch is an empty field."""
+        names = [field.name for field in fields(EpochRecord)]
+        i = names.index("measures")
+        measures = list(dict.fromkeys(name for r in search.history for name in r.measures))
+        table = io.StringIO()
+        rows = csv.DictWriter(table, [*names[:i], *measures, *names[i + 1 :]], lineterminator="\n", restval="")
+        rows.writeheader()
+        for record in search.history:
+            values = asdict(record)
+            rows.writerow({**values.pop("measures"), **values})
+        self._write_text("metrics.csv", table.getvalue())
 
     def _write_genotype(self, result: SearchResult) -> None:
         result.genotype.save(self.path / "genotype.json")
@@ -191,6 +206,8 @@ class RunFolder:
             "run/lr": record.lr,
             "run/seconds": record.seconds,
             "run/peak_memory_mib": record.peak_memory / 2**20,
+            "run/k": record.k,
+            **record.measures,
         }
         for tag, value in tags.items():
             if not math.isnan(value):

@@ -49,6 +49,12 @@ class Space(Protocol):
     def derive(self, scores: Mapping[str, Tensor]) -> AnyGenotype:
         """Returns the architecture that scores (E, O) for each cell type select."""
 
+    def encode(self, genotype: AnyGenotype) -> dict[str, Tensor]:
+        """Returns the scores (E, O) that :meth:`derive` makes the architecture of: 1 for what it has, 0 elsewhere.
+
+        They are the weights with which the supernet computes what it does.
+        """
+
     def network(
         self,
         genotype: AnyGenotype,

@@ -61,6 +61,15 @@ def checked(
     return numbers
 
 
+def one_hot(choices: Sequence[int | None], columns: int) -> Tensor:
+    """Returns (rows, columns), with 1 in each row's chosen column and 0 elsewhere."""
+    table = torch.zeros(len(choices), columns)
+    for row, column in enumerate(choices):
+        if column is not None:
+            table[row, column] = 1.0
+    return table
+
+
 def choose(n: int, generator: torch.Generator | None) -> int:
     """Returns a random whole number below ``n``."""
     on = "cpu" if generator is None else generator.device

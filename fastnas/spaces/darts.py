@@ -15,7 +15,7 @@ from fastnas.nn.operations import OPS, PRIMITIVES
 from fastnas.nn.stems import Stem
 from fastnas.nn.supernet import Supernet
 from fastnas.spaces._registry import register
-from fastnas.spaces._tables import checked, choose, draw
+from fastnas.spaces._tables import checked, choose, draw, one_hot
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,24 @@ class DartsSpace:
             reduce_concat=concat,
         )
 
+    def encode(self, genotype: AnyGenotype) -> dict[str, Tensor]:
+        """Returns the scores, (E, O) for each cell type, that :meth:`derive` makes the architecture of: 1 and 0.
+
+        Raises:
+            ValueError: where the genotype is none of this space, or has a node with twice the same input.
+        """
+        cells = self._own(genotype)
+        tables = {}
+        for name, kept in (("normal", cells.normal), ("reduce", cells.reduce)):
+            chosen: dict[tuple[int, int], int | None] = dict.fromkeys(self.edges)
+            for n, (op, j) in enumerate(kept):
+                edge = (n // 2 + 2, j)
+                if chosen[edge] is not None:
+                    raise ValueError(f"genotype: node {n // 2 + 2} of {name} has input {j} twice, which scores cannot say")
+                chosen[edge] = self.primitives.index(op)
+            tables[name] = one_hot(list(chosen.values()), len(self.primitives))
+        return tables
+
     def network(
         self,
         genotype: AnyGenotype,
@@ -126,18 +144,8 @@ class DartsSpace:
         Raises:
             ValueError: where the genotype is none of this space, or an argument does not fit.
         """
-        if not isinstance(genotype, Genotype):
-            raise ValueError(
-                f"genotype is none of the space {self.name!r}, normal and reduction cell: got {genotype!r}"
-            )
-        genotype = genotype.validate(self.primitives)
-        for name, edges in (("normal", genotype.normal), ("reduce", genotype.reduce)):
-            if len(edges) != 2 * self.steps:
-                raise ValueError(
-                    f"genotype: {name} has {len(edges) // 2} nodes, the space {self.name!r} has {self.steps}"
-                )
         return Network(
-            *(genotype, channels, layers, num_classes, in_channels),
+            *(self._own(genotype), channels, layers, num_classes, in_channels),
             stem=stem,
             auxiliary=auxiliary,
             drop_path=drop_path,
@@ -158,6 +166,19 @@ class DartsSpace:
 
         return Genotype(normal=cell(), normal_concat=concat, reduce=cell(), reduce_concat=concat)
 
+    def _own(self, genotype: AnyGenotype) -> Genotype:
+        if not isinstance(genotype, Genotype):
+            raise ValueError(
+                f"genotype is none of the space {self.name!r}, normal and reduction cell: got {genotype!r}"
+            )
+        genotype = genotype.validate(self.primitives)
+        for name, edges in (("normal", genotype.normal), ("reduce", genotype.reduce)):
+            if len(edges) != 2 * self.steps:
+                raise ValueError(
+                    f"genotype: {name} has {len(edges) // 2} nodes, the space {self.name!r} has {self.steps}"
+                )
+        return genotype
+
     def _derive_cell(self, cell_type: str, scores: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         table = checked(scores, cell_type, (len(self.edges), len(self.primitives)), self.edges)
         # max() and sorted() keep the first of equals, so ties go to the lower index
@@ -172,3 +193,5 @@ class DartsSpace:
 
 
 DARTS = register(DartsSpace())
+DARTS_7 = register(DartsSpace("darts-7", tuple(p for p in PRIMITIVES if p != "none")))
+"""Without ``none``, which never counts in the end: where DrNAS searches (arXiv:2006.10355)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnas.genotype import AnyGenotype, OneShotGenotype
 from fastnas.nn.nasbench1shot1 import NASBENCH1SHOT1_PRIMITIVES, NASBench101Network, OneShotSupernet
 from fastnas.spaces._registry import register
-from fastnas.spaces._tables import checked, choose, draw, only_all_channels
+from fastnas.spaces._tables import checked, choose, draw, one_hot, only_all_channels
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,24 @@ class OneShotSpace:
                 nodes = sorted(sorted(nodes, key=lambda j: -row[j])[:parents])
             inputs.append(tuple(nodes))
         return OneShotGenotype(tuple(self.primitives[o] for o in best), tuple(inputs))
+
+    def encode(self, genotype: AnyGenotype) -> dict[str, Tensor]:
+        """Returns the scores, a table for each cell type, that :meth:`derive` makes the cell of: 1 and 0.
+
+        Raises:
+            ValueError: where the genotype is none of this space, such as one that has lost a node that nothing reads.
+        """
+        fits = isinstance(genotype, OneShotGenotype) and tuple(map(len, genotype.inputs)) == self.parents
+        if not isinstance(genotype, OneShotGenotype) or not fits:
+            raise ValueError(
+                f"genotype is none of the space {self.name!r}, nodes that read {self.parents} others: got {genotype!r}"
+            )
+        genotype.validate(self.primitives)
+        tables = {"ops": one_hot([self.primitives.index(op) for op in genotype.ops], len(self.primitives))}
+        for i, nodes in enumerate(genotype.inputs, start=1):
+            if self._chooses(i):
+                tables[self._table(i)] = one_hot(nodes, i).sum(dim=0, keepdim=True)
+        return tables
 
     def network(
         self,

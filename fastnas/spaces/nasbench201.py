@@ -13,7 +13,7 @@ from fastnas.genotype import AnyGenotype, NASBench201Genotype
 from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Network, NASBench201Supernet
 from fastnas.nn.operations import OPS
 from fastnas.spaces._registry import register
-from fastnas.spaces._tables import checked, choose, draw, only_all_channels
+from fastnas.spaces._tables import checked, choose, draw, one_hot, only_all_channels
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class NASBench201Space:
         best = (max(range(len(row)), key=row.__getitem__) for row in table)
         return NASBench201Genotype(tuple(self.primitives[o] for o in best))
 
+    def encode(self, genotype: AnyGenotype) -> dict[str, Tensor]:
+        """Returns the scores (E, O) as ``"cell"`` that :meth:`derive` makes the cell of: 1 and 0.
+
+        Raises:
+            ValueError: where the genotype is none of this space.
+        """
+        cell = self._own(genotype)
+        return {"cell": one_hot([self.primitives.index(op) for op in cell.ops], len(self.primitives))}
+
     def network(
         self,
         genotype: AnyGenotype,
@@ -111,10 +120,7 @@ class NASBench201Space:
         Raises:
             ValueError: where the genotype is none of this space, or a size is below 1.
         """
-        if not isinstance(genotype, NASBench201Genotype) or len(genotype.ops) != len(self.edges):
-            raise ValueError(f"genotype is no cell of {self.nodes} nodes of the space {self.name!r}: got {genotype!r}")
-        genotype.validate(self.primitives)
-        return NASBench201Network(genotype, channels, layers, num_classes, in_channels)
+        return NASBench201Network(self._own(genotype), channels, layers, num_classes, in_channels)
 
     def sample(self, generator: torch.Generator | None = None) -> NASBench201Genotype:
         """Returns a random cell; all are equally likely."""
@@ -123,6 +129,12 @@ class NASBench201Space:
     def all(self) -> Iterator[NASBench201Genotype]:
         """Yields every cell of the space once; the last edge changes fastest."""
         return (NASBench201Genotype(ops) for ops in itertools.product(self.primitives, repeat=len(self.edges)))
+
+    def _own(self, genotype: AnyGenotype) -> NASBench201Genotype:
+        if not isinstance(genotype, NASBench201Genotype) or len(genotype.ops) != len(self.edges):
+            raise ValueError(f"genotype is no cell of {self.nodes} nodes of the space {self.name!r}: got {genotype!r}")
+        genotype.validate(self.primitives)
+        return genotype
 
 
 NASBENCH201 = register(NASBench201Space())
