@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from fastnas.search import METHODS, Method, SearchConfig, first_order, get_method, register_method
+from fastnas.search import METHODS, Method, SearchConfig, register_method
 from fastnas.search.config import GROUPS
 from fastnas.search.run import dump_config
 
@@ -112,12 +112,11 @@ def test_yaml_round_trip():
 
 
 def test_a_method_is_a_preset():
-    method = Method(
-        "frozen-k", "for this test", first_order, "softmax", 2, {"cifar10": get_method("darts").presets["cifar10"]}
-    )
+    method = Method("frozen-k", "for this test", {"k": 2}, {"nb201": {"k": 1}})
     register_method(method)
     try:
         assert SearchConfig(method="frozen-k").k == 2
+        assert SearchConfig(method="frozen-k", space="nb201").k == 1
         assert SearchConfig(method="frozen-k", k=4).k == 4
         with pytest.raises(ValueError, match="already registered"):
             register_method(method)
