@@ -228,11 +228,11 @@ __global__ void __launch_bounds__(kTileThreads)
   const int fan = static_cast<int>(blockIdx.z);
   const AbsFan f = a.fan(fan, false);
   const int64_t columns = f.count * a.C, tiles = ceil_div(a.C, kTile);
-  const int64_t channel = static_cast<int64_t>(blockIdx.y) % tiles * kTile;
-  const int64_t column = static_cast<int64_t>(blockIdx.y) / tiles / 9 * kTile;
-  const int tap = static_cast<int>(blockIdx.y / tiles % 9);
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) % tiles * kTile;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) / tiles / 9 * kTile;
+  const int tap = static_cast<int>(blockIdx.x / tiles % 9);
   if (column >= columns) return;
-  const int64_t begin = blockIdx.x * s.chunk, end = begin + s.chunk < a.pixels() ? begin + s.chunk : a.pixels();
+  const int64_t begin = blockIdx.y * s.chunk, end = begin + s.chunk < a.pixels() ? begin + s.chunk : a.pixels();
   const T* states = static_cast<const T*>(a.states) + tap / 3 * a.row() + tap % 3 * a.step() + f.from * a.C;
   const T* grads = static_cast<const T*>(s.grads) + a.row() + a.step() + f.first * a.C;
   A sum[4][4] = {};
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kTileThreads)
         }
       },
       sum);
-  A* to = static_cast<A*>(s.partial) + blockIdx.x * a.edges() * a.merged() + matrix_begin(a, fan, false);
+  A* to = static_cast<A*>(s.partial) + blockIdx.y * a.edges() * a.merged() + matrix_begin(a, fan, false);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -382,7 +382,7 @@ void abs_cell_backward(const AbsCellArgs& a, Stream stream) {
   if (!a.grad_weights && !kernels) return;
   const int64_t elements = a.edges() * a.merged(), size = sizeof(A), tiles = ceil_div(a.C, kTile);
   launch("abs_cell_gradient", abs_cell_gradient_bytes(a, sizeof(T), s.chunks * size), abs_cell_gradient_kernel<T>,
-         dim3(s.chunks, tiles * 9 * ceil_div((a.nodes - 1) * a.C, kTile), a.nodes - 1), dim3(kTileThreads), stream, a,
+         dim3(tiles * 9 * ceil_div((a.nodes - 1) * a.C, kTile), s.chunks, a.nodes - 1), dim3(kTileThreads), stream, a,
          s);
   launch("abs_cell_sum", (s.chunks + 1) * elements * size, abs_cell_sum_kernel<A>, dim3(ceil_div(elements, kThreads)),
          dim3(kThreads), stream, s, elements);

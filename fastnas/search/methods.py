@@ -31,9 +31,9 @@ class Method:
 
     name: str
     summary: str
-    values: Mapping[str, Value] = _NONE
-    spaces: Mapping[str, Mapping[str, Value]] = field(default_factory=lambda: MappingProxyType({}))
-    digits: Mapping[str, Value] = _NONE
+    values: Mapping[str, Value] = field(default_factory=dict)
+    spaces: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    digits: Mapping[str, Value] = field(default_factory=dict)
 
     def preset(self, data: str, space: str = "darts") -> dict[str, Value]:
         """Returns the value of every option that may be left out, for a search in ``space`` on ``data``.
