@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -410,7 +411,8 @@ def _parallel(job: _Job, work: Sequence[tuple[int, AnyGenotype]], jobs: int) -> 
     pending: deque[Future[Scored]] = deque()
     try:
         for index, genotype in work:
-            pending.append(pool.submit(_score, index, genotype))
+            with _interrupts_blocked():  # Ctrl-C reaches every process, but the first one decides
+                pending.append(pool.submit(_score, index, genotype))
             if len(pending) > 4 * jobs:
                 yield pending.popleft().result()
         while pending:
@@ -423,13 +425,26 @@ def _parallel(job: _Job, work: Sequence[tuple[int, AnyGenotype]], jobs: int) -> 
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Blocks Ctrl-C in this thread, and for good in the processes that the block starts; here it only comes later."""
+    if not hasattr(signal, "pthread_sigmask"):  # not a Unix
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _scorer: _Scorer | None = None  # of a process of the pool
 
 
 def _start(job: _Job) -> None:
     """Prepares a process of the pool."""
     global _scorer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, but the first one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
