@@ -14,7 +14,7 @@ import torch
 from fastnas._files import write_atomic
 
 FORMAT = "fastnas search checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(ValueError):

@@ -341,7 +341,7 @@ class Search:
             "kept": self.kept,
             "chosen": None if self._chosen is None else self._chosen.to_text(),
             "chance": self._chance.state_dict(),
-            "machine": machine(),
+            "machine": self._machine(),
             "supernet": self.supernet.state_dict(),
             "alphas": {name: alpha.detach() for name, alpha in self._bilevel.alphas.items()},
             "weight_optimizer": self._weight_optimizer.state_dict(),
@@ -367,14 +367,13 @@ class Search:
                 f"the checkpoint is of a search with {name}={theirs[name]!r}, this one has "
                 f"{name}={mine[name]!r}; resume with the options of the checkpoint"
             )
-        if state["machine"] != machine():
-            changed = {k: (v, machine()[k]) for k, v in state["machine"].items() if machine()[k] != v}
-            name, (before, now) = next(iter(changed.items()))
-            warnings.warn(
-                f"the checkpoint was written with {name} {before}, this is {now}: the search goes on, but not with the "
-                "same bits",
-                stacklevel=2,
-            )
+        for name, now in self._machine().items():
+            if state["machine"][name] != now:
+                warnings.warn(
+                    f"the checkpoint was written with {name} {state['machine'][name]}, this is {now}: the search goes "
+                    "on, but not with the same bits",
+                    stacklevel=2,
+                )
         self.stage = state["stage"]
         if self.stage:
             self._reshape({name: kept.to(self.device) for name, kept in state["kept"].items()})
@@ -693,6 +692,17 @@ class Search:
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(_seed(self.config.seed, purpose))
 
+    def _machine(self) -> dict[str, str | int]:
+        """Returns what the bits of a search depend on beside its options."""
+        return {
+            "processor": platform.machine(),
+            "instruction set": _C.build_info()["cpu_isa"],
+            "torch": torch.__version__,
+            "fastnas": __version__,
+            "device": self.device.type,
+            "threads": self.config.threads or torch.get_num_threads(),
+        }
+
     def _check_finite(self) -> None:
         totals = self._totals
         if not torch.isfinite(totals).all():
@@ -729,18 +739,6 @@ def alpha_spread(alphas: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None
     """
     tables = [alpha.detach() if not kept else alpha.detach().gather(1, kept[name]) for name, alpha in alphas.items()]
     return torch.cat([table.amax(1) - table.amin(1) for table in tables]).mean().item()
-
-
-def machine() -> dict[str, str | int]:
-    """Returns what the bits of a search depend on beside its options."""
-    build = _C.build_info()
-    return {
-        "machine": platform.machine(),
-        "instruction set": str(build["cpu_isa"]),
-        "torch": torch.__version__,
-        "fastnas": __version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _path(weights: Mapping[str, Tensor], primitives: Sequence[str] = ()) -> dict[str, list[int]]:

@@ -46,7 +46,7 @@ def test_foreign_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="not a checkpoint of a fastnas search"):
         checkpoint.load(path)
     torch.save({"format": checkpoint.FORMAT, "version": 99, "state": {}}, path)
-    with pytest.raises(CheckpointError, match="version 99, this fastnas reads 1"):
+    with pytest.raises(CheckpointError, match="version 99, this fastnas reads 2"):
         checkpoint.load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("hello.txt", "hello")
@@ -62,7 +62,7 @@ class _Evil:
 @pytest.mark.parametrize("write", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))], ids=["torch", "pickle"])
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
-    write({"format": checkpoint.FORMAT, "version": 1, "state": _Evil()}, tmp_path / "c.pt")
+    write({"format": checkpoint.FORMAT, "version": 2, "state": _Evil()}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="damaged or is not"):
         checkpoint.load(tmp_path / "c.pt")
     assert not (tmp_path / "executed").exists()
