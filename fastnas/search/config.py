@@ -377,7 +377,7 @@ def _stages(value: Any) -> bool:
         and len(stage) == 4
         and all(type(n) is int for n in stage)
         and stage[0] >= 1
-        and stage[1] >= 1
+        and stage[1] >= 0
         and stage[2] >= 1
         and stage[3] >= 0
         for stage in value

@@ -23,6 +23,7 @@ from fastnas import __version__, _C
 from fastnas._device import as_device
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
 from fastnas.genotype import AnyGenotype, parse_genotype
+from fastnas.nn.preserved import preserved
 from fastnas.nn.skip_dropout import set_skip_dropout
 from fastnas.relaxations import get_relaxation
 from fastnas.search.architect import Batch, Bilevel, first_order, second_order
@@ -181,6 +182,11 @@ class Search:
                 raise ValueError(f"checkpoint_cells with space={config.space}: it cannot run cells again; leave it out")
             self.supernet.checkpoint_cells = True
         self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
+        if self.relaxation.single_path and not hasattr(self.supernet, "mixed_ops"):
+            raise ValueError(
+                f"relaxation={config.relaxation} with space={config.space}: its networks are no choice of a candidate "
+                "an edge; choose a relaxation that mixes them"
+            )
         self._edge_alphas = self._init_edge_alphas() if config.edge_normalization else {}
         self._chance = Chance(self.device, _seed(config.seed, "chance"))
         self.kept: dict[str, Tensor] = {}
@@ -235,6 +241,8 @@ class Search:
         for parameter in optimizer.param_groups[0]["params"]:
             if parameter in state:
                 optimizer.state[parameter] = state[parameter]
+            elif c.momentum:  # at once: a parameter off the first paths is not in the first updates
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
 
     def _optimizer_of_alphas(self) -> torch.optim.Optimizer:
@@ -565,17 +573,14 @@ class Search:
 
     @torch.no_grad()
     def _evaluate(self, arguments: Callable[[], Arguments], *, running: bool) -> tuple[float, float]:
-        training = self.supernet.training
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        with kept_statistics(self.supernet):
-            self.supernet.train(not running)
+        with preserved(self.supernet, training=not running):
             for indices in torch.split(self.parts[1], self.config.batch_size):
                 pixels, labels = self._batch(indices)
                 logits = self._logits(normalize(pixels, self._mean, self._std), arguments())
                 loss += F.cross_entropy(logits, labels, reduction="sum")
                 correct += (logits.argmax(1) == labels).sum()
-        self.supernet.train(training)
         images = len(self.parts[1])
         return loss.item() / images, correct.item() / images
 
