@@ -48,6 +48,8 @@ class MixedOp(nn.Module):
         TypeError, ValueError: naming the argument that does not fit.
     """
 
+    _C: int | None = None  # unknown of candidates given as modules, and of edges that were pickled whole without it
+
     def __init__(
         self,
         C: int | Iterable[nn.Module],
@@ -70,7 +72,7 @@ class MixedOp(nn.Module):
         self.stride = stride
         self.k = 1 if k is None else k
         if isinstance(C, SupportsIndex):
-            C = operator.index(C)
+            self._C = C = operator.index(C)
             if self.k < 1 or C < 1 or C % self.k:
                 raise ValueError(f"k={k} does not divide the C={C} channels: choose a k that does")
             names = PRIMITIVES if primitives is None else primitives
@@ -119,12 +121,32 @@ class MixedOp(nn.Module):
         Raises:
             ValueError: where ``k`` does not fit, or a candidate cannot be widened.
         """
-        channels = _channels(self._ops) * self.k
+        channels = self._C or _channels(self._ops) * self.k
         if not 1 <= k < self.k or channels % k:
             raise ValueError(f"k={k}: expected a divisor of the {channels} channels that is smaller than {self.k}")
         for op in self._ops:
             widen(op, channels // self.k, channels // k, generator)
         self.k = k
+        self._plan = None
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Leaves only some candidates: the others become zeros, which cost nothing, and weights keep their columns.
+
+        Their parameters are gone, so optimizers must be told.
+
+        Args:
+            indices: of the candidates that stay.
+
+        Raises:
+            TypeError, ValueError: where there are none, or one of them is no candidate.
+        """
+        kept = list(indices)
+        if not kept:
+            raise ValueError("indices is empty: keep at least one candidate, which may be a none")
+        for i, index in enumerate(kept):
+            check_choice(f"indices[{i}]", index, len(self._ops))
+        for o in set(range(len(self._ops))).difference(kept):
+            self._ops[o] = Zero(self.stride)
         self._plan = None
 
     def extra_repr(self) -> str:
