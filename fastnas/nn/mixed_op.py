@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastnas.nn._common import check_choice
 from fastnas.nn.batch_norm import foldable, given_statistics, hooks_of, special, update_tracked
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
-from fastnas.nn.widen import widen
+from fastnas.nn.widen import Replaced, widen
 from fastnas.ops.mixed_op import CONV, SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import partial_channels, partial_channels_split
@@ -108,15 +108,16 @@ class MixedOp(nn.Module):
         active, bypass = partial_channels_split(x, self.k, self.stride)
         return partial_channels(self._sum(active, weights, choice), bypass)
 
-    def wider(self, k: int, generator: torch.Generator | None = None) -> None:
+    def wider(self, k: int, generator: torch.Generator | None = None, replaced: list[Replaced] | None = None) -> None:
         """Sends more channels through the candidates: C/k from now on (DrNAS, arXiv:2006.10355, Eq. 7 and 8).
 
         Channel j of a widened layer is channel j of the old one, or a random old one beyond its width. Parameters are
-        replaced, so optimizers must be told.
+        replaced, so optimizers must be told: ``replaced`` says what by what.
 
         Args:
             k: smaller than before, and a divisor of C.
             generator: source of the random channels; torch's global one by default.
+            replaced: gets a record of every parameter that is replaced.
 
         Raises:
             ValueError: where ``k`` does not fit, or a candidate cannot be widened.
@@ -125,7 +126,7 @@ class MixedOp(nn.Module):
         if not 1 <= k < self.k or channels % k:
             raise ValueError(f"k={k}: expected a divisor of the {channels} channels that is smaller than {self.k}")
         for op in self._ops:
-            widen(op, channels // self.k, channels // k, generator)
+            widen(op, channels // self.k, channels // k, generator, replaced)
         self.k = k
         self._plan = None
 
