@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastnas.nn._common import check_choice
 from fastnas.nn.batch_norm import foldable, given_statistics, hooks_of, special, update_tracked
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
-from fastnas.nn.widen import widen
+from fastnas.nn.widen import Replaced, widen
 from fastnas.ops.mixed_op import CONV, SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import partial_channels, partial_channels_split
@@ -48,6 +48,8 @@ class MixedOp(nn.Module):
         TypeError, ValueError: naming the argument that does not fit.
     """
 
+    _C: int | None = None  # unknown of candidates given as modules, and of edges that were pickled whole without it
+
     def __init__(
         self,
         C: int | Iterable[nn.Module],
@@ -70,7 +72,7 @@ class MixedOp(nn.Module):
         self.stride = stride
         self.k = 1 if k is None else k
         if isinstance(C, SupportsIndex):
-            C = operator.index(C)
+            self._C = C = operator.index(C)
             if self.k < 1 or C < 1 or C % self.k:
                 raise ValueError(f"k={k} does not divide the C={C} channels: choose a k that does")
             names = PRIMITIVES if primitives is None else primitives
@@ -106,25 +108,46 @@ class MixedOp(nn.Module):
         active, bypass = partial_channels_split(x, self.k, self.stride)
         return partial_channels(self._sum(active, weights, choice), bypass)
 
-    def wider(self, k: int, generator: torch.Generator | None = None) -> None:
+    def wider(self, k: int, generator: torch.Generator | None = None, replaced: list[Replaced] | None = None) -> None:
         """Sends more channels through the candidates: C/k from now on (DrNAS, arXiv:2006.10355, Eq. 7 and 8).
 
         Channel j of a widened layer is channel j of the old one, or a random old one beyond its width. Parameters are
-        replaced, so optimizers must be told.
+        replaced, so optimizers must be told: ``replaced`` says what by what.
 
         Args:
             k: smaller than before, and a divisor of C.
             generator: source of the random channels; torch's global one by default.
+            replaced: gets a record of every parameter that is replaced.
 
         Raises:
             ValueError: where ``k`` does not fit, or a candidate cannot be widened.
         """
-        channels = _channels(self._ops) * self.k
+        channels = self._C or _channels(self._ops) * self.k
         if not 1 <= k < self.k or channels % k:
             raise ValueError(f"k={k}: expected a divisor of the {channels} channels that is smaller than {self.k}")
         for op in self._ops:
-            widen(op, channels // self.k, channels // k, generator)
+            widen(op, channels // self.k, channels // k, generator, replaced)
         self.k = k
+        self._plan = None
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Leaves only some candidates: the others become zeros, which cost nothing, and weights keep their columns.
+
+        Their parameters are gone, so optimizers must be told.
+
+        Args:
+            indices: of the candidates that stay.
+
+        Raises:
+            TypeError, ValueError: where there are none, or one of them is no candidate.
+        """
+        kept = list(indices)
+        if not kept:
+            raise ValueError("indices is empty: keep at least one candidate, which may be a none")
+        for i, index in enumerate(kept):
+            check_choice(f"indices[{i}]", index, len(self._ops))
+        for o in set(range(len(self._ops))).difference(kept):
+            self._ops[o] = Zero(self.stride)
         self._plan = None
 
     def extra_repr(self) -> str:
