@@ -54,10 +54,21 @@ def test_registry(monkeypatch):
 
 
 @pytest.mark.parametrize("name", RELAXATIONS)
-def test_every_relaxation_keeps_the_shape_and_passes_gradients(name):
-    alphas = (1e-3 * torch.randn(14, 8)).requires_grad_()
-    weights = get_relaxation(name)(alphas)
-    assert weights.shape == alphas.shape
-    assert weights.isfinite().all()
-    weights[:, 0].sum().backward()
-    assert alphas.grad.any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("centre", [0.0, -20.0, 20.0, -1e30, 1e30])
+def test_every_relaxation_keeps_shape_and_dtype_and_passes_gradients(name, dtype, centre):
+    alphas = (centre + torch.randn(14, 8)).to(dtype).requires_grad_()
+    relax = get_relaxation(name)
+    for weights in (relax(alphas, torch.Generator().manual_seed(0), 0.5), relax.mean(alphas)):
+        assert weights.shape == alphas.shape
+        assert weights.dtype == dtype
+        assert (weights >= 0).all()
+        torch.testing.assert_close(weights.double().sum(-1), torch.ones(14).double(), rtol=0, atol=8 * eps(dtype))
+        (gradient,) = torch.autograd.grad(weights[:, 0].sum(), alphas)
+        assert gradient.isfinite().all()
+        if centre == 0 and name != "uniform":
+            assert gradient.any()
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
