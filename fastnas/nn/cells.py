@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastnas.nn.fused_cell import FusedCell
-from fastnas.nn.mixed_op import MixedOp, as_table
+from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.operations import PRIMITIVES, FactorizedReduce, ReLUConvBN
 
 
@@ -88,20 +87,4 @@ class Cell(nn.Module):
             edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        weights, edges = as_table(weights, s0.device), len(self._ops)
-        if edge_weights is not None:
-            edge_weights = as_table(edge_weights, s0.device)[:edges]
-        y = self._fused.run(self._ops, states, weights[:edges], edge_weights)
-        if y is not None:
-            return y
-        edge = 0
-        for _ in range(self._steps):
-            node: Tensor | None = None
-            for state in states:
-                y = self._ops[edge](state, weights[edge])
-                if edge_weights is not None:
-                    y = edge_weights[edge] * y
-                node = y if node is None else node + y
-                edge += 1
-            states.append(node)
-        return torch.cat(states[-self._multiplier :], dim=1)
+        return self._fused.run(self._ops, states, weights, edge_weights)

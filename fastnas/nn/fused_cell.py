@@ -1,4 +1,4 @@
-"""The edges of a cell run as one op, as long as they are what that op knows."""
+"""The edges of a cell: one op, as long as they are what that op knows, and one by one otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastnas import _library
 from fastnas.nn.batch_norm import given_statistics, special, update_tracked
-from fastnas.nn.mixed_op import MixedOp, Plan
+from fastnas.nn.mixed_op import MixedOp, Plan, as_table
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
 from fastnas.ops.partial_channels import partial_channels_split
 
@@ -18,7 +18,7 @@ _Known: TypeAlias = tuple[list[Plan], list[CellEdge] | None, int]
 
 
 class FusedCell:
-    """Runs a cell's edges as :func:`fastnas.ops.mixed_cell.mixed_cell`, or says that they have to be run one by one.
+    """Runs a cell's edges: as :func:`fastnas.ops.mixed_cell.mixed_cell` where they are what that knows.
 
     Args:
         wiring: (state that it leaves, state that it leads to) of each edge; the inputs are states 0, 1, ...
@@ -40,25 +40,32 @@ class FusedCell:
         return FusedCell, (self._wiring, self._inputs, self._concat)
 
     def run(
-        self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None = None
-    ) -> Tensor | None:
-        """Returns the cell's output; None where its edges have to be run one by one.
+        self,
+        ops: nn.ModuleList,
+        inputs: Sequence[Tensor],
+        weights: Tensor | Sequence[Tensor],
+        edge_weights: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Returns the cell's output.
 
         Args:
             ops: the edges, as in the wiring.
             inputs: the first states, (N, C, H, W).
-            weights: (E, O).
-            edge_weights: (E,), factors of the edges' outputs; all 1 where None.
+            weights: (E, O), or E rows of O.
+            edge_weights: E factors of the edges' outputs; all 1 where None.
 
         Raises:
             ValueError: where the inputs have other channels than the edges.
         """
-        plans, edges, k = self._current(ops)
         x = inputs[0]
-        if edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs):
-            return None
-        if _library.namespace(None, x) is None:
-            return None
+        weights = as_table(weights, x.device)[: len(ops)]
+        if edge_weights is not None:
+            edge_weights = as_table(edge_weights, x.device)[: len(ops)]
+        plans, edges, k = self._current(ops)
+        unknown = edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs)
+        if unknown or _library.namespace(None, x) is None:
+            return self._run_apart(ops, inputs, weights, edge_weights)
+        assert edges is not None
         params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
         norms = [n for plan in plans for n in plan.norms]
         wrong = [n.num_features * k for n in norms if n.num_features * k != x.shape[1]]
@@ -84,6 +91,19 @@ class FusedCell:
         )
         update_tracked(norms, result)
         return result.y
+
+    def _run_apart(
+        self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None
+    ) -> Tensor:
+        """The same one edge after the other."""
+        states = dict(enumerate(inputs))
+        for i, (source, node) in enumerate(self._wiring):
+            y = ops[i](states[source], weights[i])
+            if edge_weights is not None:
+                y = edge_weights[i] * y
+            states[node] = states[node] + y if node in states else y
+        ends = [states[n] for n in sorted(states)[-self._concat :]]
+        return torch.cat(ends, dim=1) if len(ends) > 1 else ends[0]
 
     def _current(self, ops: nn.ModuleList) -> _Known:
         """Returns what the edges are now, in the op's order, how the op is told (None where it cannot be), and k."""

@@ -40,6 +40,7 @@ class MixedOp(nn.Module):
         third: ``k`` or ``primitives``, by its type, as DrNAS and SmoothDARTS pass it.
         k: one channel in ``k`` goes through the candidates.
         primitives: names in :data:`fastnas.nn.operations.OPS`.
+        pool_norm: end pools that are named with a batch norm, as DARTS does and NAS-Bench-201 does not.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -53,6 +54,7 @@ class MixedOp(nn.Module):
         *,
         k: int | None = None,
         primitives: Sequence[str] | None = None,
+        pool_norm: bool = True,
     ) -> None:
         super().__init__()
         if third is not None and (k is not None or primitives is not None):
@@ -73,7 +75,7 @@ class MixedOp(nn.Module):
             unknown = [p for p in names if p not in OPS]
             if isinstance(names, str) or unknown:
                 raise ValueError(f"primitives: {unknown or names!r} not known; choose a sequence from {', '.join(OPS)}")
-            ops: Iterable[nn.Module] = (_build(p, C // self.k, stride) for p in names)
+            ops: Iterable[nn.Module] = (_build(p, C // self.k, stride, pool_norm) for p in names)
         else:
             if primitives is not None or self.k != 1:
                 raise ValueError("k and primitives go with a number of channels, not with a list of modules")
@@ -147,9 +149,9 @@ def as_table(weights: Tensor | Sequence[object], device: torch.device) -> Tensor
     )
 
 
-def _build(name: str, C: int, stride: int) -> nn.Module:
+def _build(name: str, C: int, stride: int, pool_norm: bool) -> nn.Module:
     op = OPS[name](C, stride, False)
-    return nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if "pool" in name else op
+    return nn.Sequential(op, nn.BatchNorm2d(C, affine=False)) if pool_norm and "pool" in name else op
 
 
 def _channels(ops: nn.ModuleList) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from fastnas.genotype import NASBench201Genotype
 from fastnas.nn._common import Between, check_primitives, check_sizes
 from fastnas.nn.fused_cell import FusedCell
-from fastnas.nn.mixed_op import MixedOp, as_table
+from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.operations import OPS, ReLUConvBN
 
 NASBENCH201_PRIMITIVES: tuple[str, ...] = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """The five candidates of NAS-Bench-201, in the published order (the columns of ``alphas``)."""
+
+_Rows = TypeVar("_Rows", Tensor, Sequence[int])
 
 
 class NASBench201Cell(nn.Module):
@@ -29,40 +30,38 @@ class NASBench201Cell(nn.Module):
         C: channels of every node.
         nodes: number of nodes, the input included.
         primitives: the candidates of an edge.
+        k: partial channels: the candidates see 1/k of the channels.
 
     Raises:
-        ValueError: where there is no edge, or a primitive is not known.
+        ValueError: where there is no edge, a primitive is not known, or k does not divide the channels.
     """
 
-    def __init__(self, C: int, nodes: int = 4, *, primitives: Sequence[str] = NASBENCH201_PRIMITIVES) -> None:
+    def __init__(
+        self, C: int, nodes: int = 4, *, primitives: Sequence[str] = NASBENCH201_PRIMITIVES, k: int = 1
+    ) -> None:
         super().__init__()
         if nodes < 2:
             raise ValueError(f"nodes={nodes} must be at least 2: the input and the output")
         check_primitives(primitives)
-        self._nodes = nodes
         self._ops = nn.ModuleList(
-            MixedOp([OPS[p](C, 1, False) for p in primitives]) for i in range(1, nodes) for _ in range(i)
+            MixedOp(C, primitives=primitives, k=k, pool_norm=False) for i in range(1, nodes) for _ in range(i)
         )
         self._fused = FusedCell([(j, i) for i in range(1, nodes) for j in range(i)], 1, 1)
 
-    def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor | Sequence[Tensor],
+        edge_weights: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Returns the last node, shaped as ``x``.
 
         Args:
             x: (N, C, H, W).
             weights: (E, O), or E rows of O.
+            edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
         """
-        weights = as_table(weights, x.device)
-        y = self._fused.run(self._ops, [x], weights)
-        if y is not None:
-            return y
-        states = [x]
-        edge = 0
-        for _ in range(1, self._nodes):
-            ends = [self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states)]
-            edge += len(ends)
-            states.append(functools.reduce(operator.add, ends))
-        return states[-1]
+        return self._fused.run(self._ops, [x], weights, edge_weights)
 
 
 class ResidualReduction(nn.Module):
@@ -201,9 +200,10 @@ class NASBench201Supernet(_Skeleton):
         in_channels: channels of the images.
         nodes: nodes of a cell, its input included.
         primitives: the candidates of an edge.
+        k: partial channels: the candidates see 1/k of the channels (PC-DARTS, arXiv:1907.05737); 1 is all of them.
 
     Raises:
-        ValueError: where a size is below 1, or a primitive is not known.
+        ValueError: where a size is below 1, a primitive is not known, or k does not divide the channels.
     """
 
     def __init__(
@@ -215,9 +215,11 @@ class NASBench201Supernet(_Skeleton):
         *,
         nodes: int = 4,
         primitives: Sequence[str] = NASBENCH201_PRIMITIVES,
+        k: int = 1,
     ) -> None:
         super().__init__(
-            *(channels, cells, num_classes, in_channels), lambda C: NASBench201Cell(C, nodes, primitives=primitives)
+            *(channels, cells, num_classes, in_channels),
+            lambda C: NASBench201Cell(C, nodes, primitives=primitives, k=k),
         )
         self._edges = nodes * (nodes - 1) // 2
 
@@ -225,6 +227,7 @@ class NASBench201Supernet(_Skeleton):
         self,
         x: Tensor,
         weights: Tensor | Mapping[str, Tensor],
+        edge_weights: Tensor | Mapping[str, Tensor] | None = None,
         *,
         between: Between | None = None,
     ) -> Tensor:
@@ -233,22 +236,36 @@ class NASBench201Supernet(_Skeleton):
         Args:
             x: (N, in_channels, H, W) images; H and W are multiples of 4.
             weights: what a relaxation makes of the alphas, (E, O), or a mapping with that table as ``"cell"``.
+            edge_weights: factors of the edges' outputs, (E,), or a mapping with them as ``"cell"``; all 1 where None.
             between: called after every cell and every residual block with ``(x,)``, what the next one reads; returns
                 what it reads instead.
 
         Raises:
             ValueError: where the weights do not have one row an edge, or the images cannot be halved twice.
         """
-        if isinstance(weights, Mapping):
-            if "cell" not in weights:
-                raise ValueError(f"weights has no 'cell', only {', '.join(map(repr, weights)) or 'nothing'}")
-            weights = weights["cell"]
-        if len(weights) != self._edges:
-            raise ValueError(f"weights must have one row for each of {self._edges} edges, got {len(weights)} rows")
-        table = weights
+        table = self._of_cells("weights", weights)
+        factors = None if edge_weights is None else self._of_cells("edge_weights", edge_weights)
 
         def run(cell: nn.Module, state: Tensor) -> Tensor:
-            y: Tensor = cell(state, table) if isinstance(cell, NASBench201Cell) else cell(state)
+            y: Tensor = cell(state, table, factors) if isinstance(cell, NASBench201Cell) else cell(state)
             return y
 
         return self._logits(x, run, between)
+
+    def mixed_ops(self) -> Iterator[tuple[str, int, MixedOp]]:
+        """Yields the cell type ``"cell"``, the edge and its module, cell by cell."""
+        for cell in self.cells:
+            if isinstance(cell, NASBench201Cell):
+                for edge, op in enumerate(cell._ops):
+                    assert isinstance(op, MixedOp)
+                    yield "cell", edge, op
+
+    def _of_cells(self, name: str, value: _Rows | Mapping[str, _Rows]) -> _Rows:
+        """Returns what an argument says of the cells, one row an edge."""
+        if isinstance(value, Mapping):
+            if "cell" not in value:
+                raise ValueError(f"{name} has no 'cell', only {', '.join(map(repr, value)) or 'nothing'}")
+            value = value["cell"]
+        if len(value) != self._edges:
+            raise ValueError(f"{name} must have one row for each of {self._edges} edges, got {len(value)} rows")
+        return value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from fastnas.nn._common import Between, check_sizes
 from fastnas.nn.cells import Cell
+from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.operations import PRIMITIVES
 from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
 
@@ -126,3 +127,11 @@ class Supernet(nn.Module):
                 s0, s1 = between((s0, s1))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))
         return logits
+
+    def mixed_ops(self) -> Iterator[tuple[str, int, MixedOp]]:
+        """Yields the cell type, ``"normal"`` or ``"reduce"``, the edge and its module, cell by cell."""
+        for cell in self.cells:
+            assert isinstance(cell, Cell)
+            for edge, op in enumerate(cell._ops):
+                assert isinstance(op, MixedOp)
+                yield "reduce" if cell.reduction else "normal", edge, op

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def linearised(network: nn.Module) -> Iterator[None]:
             m.__dict__["training"] = True
 
 
-def _fused(cell: NASBench201Cell) -> Callable[[Tensor, Tensor], Tensor] | None:
+def _fused(cell: NASBench201Cell) -> Callable[..., Tensor] | None:
     """Returns the linear forward of a cell as one op; None where that is not what its candidates compute."""
     known: list[list[AbsOp]] = []
     kernels: list[Tensor] = []
@@ -99,7 +100,13 @@ def _fused(cell: NASBench201Cell) -> Callable[[Tensor, Tensor], Tensor] | None:
             kernels += [] if kernel is None else [kernel]
     if special(cell) or any(ops != known[0] for ops in known):
         return None
-    return lambda x, weights: abs_cell(x, weights, known[0], kernels)
+
+    def forward(x: Tensor, weights: Tensor, *more: Any) -> Tensor:
+        if any(m is not None for m in more):
+            return type(cell).forward(cell, x, weights, *more)
+        return abs_cell(x, weights, known[0], kernels)
+
+    return forward
 
 
 def _abs_op(candidate: nn.Module) -> tuple[AbsOp | None, Tensor | None]:

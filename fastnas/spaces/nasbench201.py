@@ -13,7 +13,7 @@ from fastnas.genotype import AnyGenotype, NASBench201Genotype
 from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Network, NASBench201Supernet
 from fastnas.nn.operations import OPS
 from fastnas.spaces._registry import register
-from fastnas.spaces._tables import checked, choose, draw, only_all_channels
+from fastnas.spaces._tables import checked, choose, draw
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,13 @@ class NASBench201Space:
             layers: cells of a stage; there are three.
             num_classes: number of logits.
             in_channels: channels of the images.
-            k: partial channels, which this space does not have: 1.
+            k: partial channels: the candidates see 1/k of the channels (PC-DARTS, arXiv:1907.05737).
 
         Raises:
-            ValueError: where k is not 1, or a size is below 1.
+            ValueError: where k does not divide the channels, or a size is below 1.
         """
-        only_all_channels(self.name, k)
         return NASBench201Supernet(
-            *(channels, layers, num_classes, in_channels), nodes=self.nodes, primitives=self.primitives
+            *(channels, layers, num_classes, in_channels), nodes=self.nodes, primitives=self.primitives, k=k
         )
 
     def derive(self, scores: Mapping[str, Tensor]) -> NASBench201Genotype:

@@ -17,8 +17,8 @@ EDGES = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]  # node, input
 class Reference:
     """The network as a function of a state dict; updates the running statistics in it."""
 
-    def __init__(self, state, training=True):
-        self.state, self.training = state, training
+    def __init__(self, state, training=True, k=1, betas=None):
+        self.state, self.training, self.k, self.betas = state, training, k, betas
 
     def norm(self, name, x):
         stats = [self.state[f"{name}.running_{what}"] for what in ("mean", "var")]
@@ -40,10 +40,17 @@ class Reference:
             + weights[4] * F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         )
 
+    def partial_edge(self, name, x, weights):
+        """The first C/k channels through the candidates; of C = k g, channel c is then what (c % k) g + c // k was."""
+        C = x.shape[1]
+        y = torch.cat([self.edge(name, x[:, : C // self.k], weights), x[:, C // self.k :]], 1)
+        return torch.stack([y[:, (c % self.k) * (C // self.k) + c // self.k] for c in range(C)], 1)
+
     def cell(self, name, x, weights):
         nodes = [x, 0, 0, 0]
         for e, (i, j) in enumerate(EDGES):
-            nodes[i] = nodes[i] + self.edge(f"{name}_ops.{e}", nodes[j], weights[e])
+            factor = 1 if self.betas is None else self.betas[e]
+            nodes[i] = nodes[i] + factor * self.partial_edge(f"{name}_ops.{e}", nodes[j], weights[e])
         return nodes[3]
 
     def reduction(self, name, x):
@@ -176,6 +183,7 @@ def test_second_derivatives_in_the_block():
         ({"nodes": 1}, "nodes=1 must be at least 2"),
         ({"primitives": ["none", "nor_conv_9x9"]}, r"primitives: \['nor_conv_9x9'\] not known; choose from none"),
         ({"primitives": "none"}, "primitives: .* not known"),
+        ({"k": 3}, "k=3 does not divide the C=4 channels: choose a k that does"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -187,8 +195,58 @@ def test_bad_inputs():
     net = NASBench201Supernet(4, 1, 10, 1)
     with pytest.raises(ValueError, match="weights must have one row for each of 6 edges, got 5 rows"):
         net(torch.randn(2, 1, 8, 8), torch.rand(5, 5))
+    with pytest.raises(ValueError, match="edge_weights must have one row for each of 6 edges, got 7 rows"):
+        net(torch.randn(2, 1, 8, 8), torch.rand(6, 5), torch.rand(7))
+    with pytest.raises(ValueError, match="edge_weights has no 'cell', only 'normal'"):
+        net(torch.randn(2, 1, 8, 8), torch.rand(6, 5), {"normal": torch.rand(6)})
     with pytest.raises(ValueError, match="height 8 and width 10, both must be multiples of 4"):
         net(torch.randn(2, 1, 8, 10), torch.rand(6, 5))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("way", ["fused", "edge by edge", "emulated", "reference"])
+@pytest.mark.parametrize(("k", "with_betas"), [(2, False), (3, True), (1, True)])
+def test_partial_channels_and_edge_weights_equal_the_definition(k, with_betas, way, training, request):
+    torch.manual_seed(0)
+    if way == "emulated":
+        request.getfixturevalue("emulated")
+    net = NASBench201Supernet(6, 1, 5, 2, k=k).double().train(training)
+    state = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in net.state_dict().items()}
+    for name, _ in net.named_buffers():
+        state[name] = state[name].detach()
+    x = torch.randn(3, 2, 12, 8, dtype=torch.float64)
+    weights = torch.rand(6, 5, dtype=torch.float64).requires_grad_()
+    betas = torch.rand(6, dtype=torch.float64).requires_grad_() if with_betas else None
+    if way == "edge by edge":
+        for _, _, op in net.mixed_ops():
+            op.register_forward_hook(lambda *_: None)
+    with fastnas.use_backend(way if way in ("emulated", "reference") else "native"):
+        logits = net(x, {"cell": weights}, None if betas is None else {"cell": betas})
+        leaves = {"weights": weights, **({"betas": betas} if with_betas else {})}
+        ours = torch.autograd.grad(logits.square().sum(), [*leaves.values(), *net.parameters()])
+    expected = Reference(state, training, k, betas).network(x, weights, 1)
+    parameters = [state[name] for name, _ in net.named_parameters()]
+    theirs = torch.autograd.grad(expected.square().sum(), [*leaves.values(), *parameters])
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    for name, t in net.named_buffers():
+        torch.testing.assert_close(t, state[name], rtol=1e-9, atol=1e-9)
+    assert all(g.any() for g in ours[: len(leaves)])
+
+
+def test_partial_channels_keep_the_pool_without_a_norm():
+    net = NASBench201Supernet(4, 1, 5, 2, k=2)
+    for _, _, op in net.mixed_ops():
+        assert isinstance(op._ops[4], torch.nn.AvgPool2d)
+        assert op.k == 2
+    assert net.state_dict().keys() == NASBench201Supernet(4, 1, 5, 2).state_dict().keys()
+    assert net.cells[0]._ops[0]._ops[3].op[1].weight.shape == (2, 2, 3, 3)
+
+
+def test_mixed_ops_in_the_order_of_cells_and_edges():
+    net = NASBench201Supernet(4, 2, 5, 2)
+    cells = [cell for cell in net.cells if isinstance(cell, NASBench201Cell)]
+    assert list(net.mixed_ops()) == [("cell", e, cell._ops[e]) for cell in cells for e in range(6)]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

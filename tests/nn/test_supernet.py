@@ -141,6 +141,16 @@ def test_alphas_are_no_part_of_the_module():
     assert not [name for name in net.state_dict() if "alpha" in name or "beta" in name]
 
 
+def test_mixed_ops_in_the_order_of_cells_and_edges():
+    net = Supernet(4, 3, 5, 1)
+    expected = [
+        (kind, e, cell._ops[e])
+        for kind, cell in zip(["normal", "reduce", "reduce"], net.cells, strict=True)
+        for e in range(14)
+    ]
+    assert list(net.mixed_ops()) == expected
+
+
 def test_other_nodes_and_primitives():
     primitives = ("skip_connect", "max_pool_3x3", "sep_conv_3x3")
     torch.manual_seed(0)

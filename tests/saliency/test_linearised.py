@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastnas.nn import Supernet
+from fastnas.nn import NASBench201Supernet, Supernet
 from fastnas.saliency.linearised import Rescale, linearised
 
 
@@ -60,6 +60,16 @@ def test_everything_comes_back_after_an_exception(network: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="in the middle"), linearised(network):
         raise RuntimeError("in the middle")
     assert same(before, snapshot(network))
+
+
+def test_edge_weights_multiply_what_an_edge_has() -> None:
+    torch.manual_seed(2)
+    net = NASBench201Supernet(4, 1, 5, 2)
+    x, weights, betas = torch.rand(2, 2, 8, 8), torch.rand(6, 5), torch.rand(6)
+    with linearised(net), torch.no_grad():
+        y = net(x, weights, betas)
+        torch.testing.assert_close(y, net(x, weights * betas[:, None]), rtol=1e-5, atol=0)
+        assert bool((y < net(x, weights)).all())
 
 
 def test_what_the_network_computes() -> None:

@@ -40,8 +40,9 @@ def test_supernet_takes_what_a_relaxation_makes_of_the_alphas():
     assert torch.equal(net.eval()(x, weights), net(x, weights["cell"]))
     with pytest.raises(ValueError, match="weights has no 'cell', only 'normal'"):
         net(x, {"normal": weights["cell"]})
-    with pytest.raises(ValueError, match="k=4: the space 'nb201' has no partial channels, set k to 1"):
-        SPACE.supernet(4, 1, k=4)
+    assert [op.k for _, _, op in SPACE.supernet(4, 1, k=2).mixed_ops()] == [2] * 18
+    with pytest.raises(ValueError, match="k=3 does not divide the C=4 channels: choose a k that does"):
+        SPACE.supernet(4, 1, k=3)
 
 
 def test_derive_by_hand():
