@@ -8,7 +8,6 @@ included.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -209,7 +208,6 @@ class Architect:
             betas=(0.5, 0.999),
             weight_decay=args.arch_weight_decay,
         )
-        self._rewind: Callable[[], None] = _no_chance
 
     def step(
         self,
@@ -254,10 +252,8 @@ class Architect:
     ) -> list[Tensor]:
         """Returns ∇α L_valid(w', α) − η ∇²_{α,w} L_train(w, α) ∇w' L_valid(w', α), with w' one SGD step from w."""
         alphas, parameters = self.model.arch_parameters(), _trained(self.model)
-        # a model that draws its weights is differentiated at one draw: the passes' differences must not be chance
-        self._rewind = _chance(alphas[0].device)
         with _restored(self.model):
-            loss = self._loss(input_train, target_train)
+            loss = self.model._loss(input_train, target_train)
             for parameter, gradient in zip(parameters, _gradients(loss, parameters), strict=True):
                 data = parameter.data
                 step = gradient + self.network_weight_decay * data
@@ -265,7 +261,7 @@ class Architect:
                 if buffer is not None:
                     step.add_(buffer, alpha=self.network_momentum)
                 data.sub_(step, alpha=eta)
-            loss = self._loss(input_valid, target_valid)
+            loss = self.model._loss(input_valid, target_valid)
             gradients = _gradients(loss, [*alphas, *parameters])
         direct, vector = gradients[: len(alphas)], gradients[len(alphas) :]
         implicit = self._hessian_vector_product(vector, input_train, target_train)
@@ -285,29 +281,8 @@ class Architect:
             with _restored(self.model):
                 for parameter, v in zip(parameters, vector, strict=True):
                     parameter.data.add_(v, alpha=sign * R)
-                sides.append(_gradients(self._loss(input, target), alphas))
+                sides.append(_gradients(self.model._loss(input, target), alphas))
         return [(plus - minus) / (2 * R) for plus, minus in zip(*sides, strict=True)]
-
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
-        self._rewind()
-        return self.model._loss(input, target)
-
-
-def _no_chance() -> None:
-    pass
-
-
-def _chance(device: torch.device) -> Callable[[], None]:
-    """Returns a function that puts torch's generators back to where they are now."""
-    states = [(torch.set_rng_state, torch.get_rng_state())]
-    if device.type == "cuda":
-        states.append((functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
-
-    def rewind() -> None:
-        for restore, state in states:
-            restore(state)
-
-    return rewind
 
 
 def _trained(model: _Model) -> list[nn.Parameter]:
