@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import SupportsIndex
 
 from torch import Tensor
 
@@ -21,6 +22,19 @@ def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_choice(name: str, choice: int, candidates: int) -> None:
+    """Checks that a choice is the index of a candidate.
+
+    Raises:
+        TypeError: where it is no whole number; also where it is a tensor, which may lie on another device.
+        ValueError: where there is no such candidate.
+    """
+    if isinstance(choice, Tensor) or not isinstance(choice, SupportsIndex):
+        raise TypeError(f"{name} is a {type(choice).__name__}: expected an int; a tensor's .tolist() gives some")
+    if not 0 <= choice < candidates:
+        raise ValueError(f"{name}={choice}: expected 0 to {candidates - 1}, one of the edge's {candidates} candidates")
 
 
 def check_primitives(primitives: Sequence[str]) -> None:

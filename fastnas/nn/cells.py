@@ -77,6 +77,7 @@ class Cell(nn.Module):
         s1: Tensor,
         weights: Tensor | Sequence[Tensor],
         edge_weights: Tensor | Sequence[Tensor] | None = None,
+        path: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns the cell's output, (N, multiplier * C, H, W), or (N, multiplier * C, H / 2, W / 2) of a reduction.
 
@@ -85,6 +86,10 @@ class Cell(nn.Module):
             s1: output of the previous cell.
             weights: (E, O), or E rows of O.
             edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
+            path: E indices of candidates: of each edge only that one is computed, times its weight.
+
+        Raises:
+            TypeError, ValueError: where the path does not fit the edges.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        return self._fused.run(self._ops, states, weights, edge_weights)
+        return self._fused.run(self._ops, states, weights, edge_weights, path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import _library
+from fastnas.nn._common import check_choice
 from fastnas.nn.batch_norm import given_statistics, special, update_tracked
 from fastnas.nn.mixed_op import MixedOp, Plan, as_table
 from fastnas.ops.mixed_cell import CellEdge, fits, mixed_cell
@@ -45,6 +46,7 @@ class FusedCell:
         inputs: Sequence[Tensor],
         weights: Tensor | Sequence[Tensor],
         edge_weights: Tensor | Sequence[Tensor] | None = None,
+        path: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns the cell's output.
 
@@ -53,10 +55,16 @@ class FusedCell:
             inputs: the first states, (N, C, H, W).
             weights: (E, O), or E rows of O.
             edge_weights: E factors of the edges' outputs; all 1 where None.
+            path: the only candidate that is computed of each edge; all where None.
 
         Raises:
-            ValueError: where the inputs have other channels than the edges.
+            TypeError, ValueError: where the inputs have other channels than the edges, or the path other candidates.
         """
+        if path is not None:
+            if len(path) != len(ops):
+                raise ValueError(f"path has {len(path)} entries: expected one for each of {len(ops)} edges")
+            for i, (choice, op) in enumerate(zip(path, ops, strict=True)):
+                check_choice(f"path[{i}]", choice, len(op._ops))  # type: ignore[arg-type]
         x = inputs[0]
         weights = as_table(weights, x.device)[: len(ops)]
         if edge_weights is not None:
@@ -64,8 +72,11 @@ class FusedCell:
         plans, edges, k = self._current(ops)
         unknown = edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs)
         if unknown or _library.namespace(None, x) is None:
-            return self._run_apart(ops, inputs, weights, edge_weights)
+            return self._run_apart(ops, inputs, weights, edge_weights, path)
         assert edges is not None
+        if path is not None:
+            plans = [plan.only(path[i]) for i, plan in zip(self._order, plans, strict=True)]
+            edges = [e._replace(candidates=plan.candidates) for e, plan in zip(edges, plans, strict=True)]
         params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
         norms = [n for plan in plans for n in plan.norms]
         wrong = [n.num_features * k for n in norms if n.num_features * k != x.shape[1]]
@@ -93,12 +104,18 @@ class FusedCell:
         return result.y
 
     def _run_apart(
-        self, ops: nn.ModuleList, inputs: Sequence[Tensor], weights: Tensor, edge_weights: Tensor | None
+        self,
+        ops: nn.ModuleList,
+        inputs: Sequence[Tensor],
+        weights: Tensor,
+        edge_weights: Tensor | None,
+        path: Sequence[int] | None,
     ) -> Tensor:
         """The same one edge after the other."""
         states = dict(enumerate(inputs))
         for i, (source, node) in enumerate(self._wiring):
-            y = ops[i](states[source], weights[i])
+            choice = () if path is None else (path[i],)  # edges of other classes need not know of choices
+            y = ops[i](states[source], weights[i], *choice)
             if edge_weights is not None:
                 y = edge_weights[i] * y
             states[node] = states[node] + y if node in states else y

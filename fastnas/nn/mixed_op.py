@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +12,10 @@ from typing import Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn._common import check_choice
 from fastnas.nn.batch_norm import foldable, given_statistics, hooks_of, special, update_tracked
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
-from fastnas.nn.widen import widen
+from fastnas.nn.widen import Replaced, widen
 from fastnas.ops.mixed_op import CONV, SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_channels import partial_channels, partial_channels_split
@@ -46,6 +48,8 @@ class MixedOp(nn.Module):
         TypeError, ValueError: naming the argument that does not fit.
     """
 
+    _C: int | None = None  # unknown of candidates given as modules, and of edges that were pickled whole without it
+
     def __init__(
         self,
         C: int | Iterable[nn.Module],
@@ -68,7 +72,7 @@ class MixedOp(nn.Module):
         self.stride = stride
         self.k = 1 if k is None else k
         if isinstance(C, SupportsIndex):
-            C = operator.index(C)
+            self._C = C = operator.index(C)
             if self.k < 1 or C < 1 or C % self.k:
                 raise ValueError(f"k={k} does not divide the C={C} channels: choose a k that does")
             names = PRIMITIVES if primitives is None else primitives
@@ -85,38 +89,65 @@ class MixedOp(nn.Module):
             raise ValueError("a MixedOp needs at least one candidate")
         self._plan: Plan | None = None
 
-    def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor], choice: int | None = None) -> Tensor:
         """Returns ``sum_o weights[o] * op_o(x)``, shape (N, C, ceil(H / stride), ceil(W / stride)).
 
         Args:
             x: shape (N, C, H, W).
             weights: one a candidate, as a relaxation gives them.
+            choice: the only candidate that is computed: the result is ``weights[choice] * op_choice(x)``.
+
+        Raises:
+            TypeError, ValueError: where ``choice`` is no candidate.
         """
+        if choice is not None:
+            check_choice("choice", choice, len(self._ops))
         weights = as_table(weights, x.device)
         if self.k == 1:
-            return self._sum(x, weights)
+            return self._sum(x, weights, choice)
         active, bypass = partial_channels_split(x, self.k, self.stride)
-        return partial_channels(self._sum(active, weights), bypass)
+        return partial_channels(self._sum(active, weights, choice), bypass)
 
-    def wider(self, k: int, generator: torch.Generator | None = None) -> None:
+    def wider(self, k: int, generator: torch.Generator | None = None, replaced: list[Replaced] | None = None) -> None:
         """Sends more channels through the candidates: C/k from now on (DrNAS, arXiv:2006.10355, Eq. 7 and 8).
 
         Channel j of a widened layer is channel j of the old one, or a random old one beyond its width. Parameters are
-        replaced, so optimizers must be told.
+        replaced, so optimizers must be told: ``replaced`` says what by what.
 
         Args:
             k: smaller than before, and a divisor of C.
             generator: source of the random channels; torch's global one by default.
+            replaced: gets a record of every parameter that is replaced.
 
         Raises:
             ValueError: where ``k`` does not fit, or a candidate cannot be widened.
         """
-        channels = _channels(self._ops) * self.k
+        channels = self._C or _channels(self._ops) * self.k
         if not 1 <= k < self.k or channels % k:
             raise ValueError(f"k={k}: expected a divisor of the {channels} channels that is smaller than {self.k}")
         for op in self._ops:
-            widen(op, channels // self.k, channels // k, generator)
+            widen(op, channels // self.k, channels // k, generator, replaced)
         self.k = k
+        self._plan = None
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Leaves only some candidates: the others become zeros, which cost nothing, and weights keep their columns.
+
+        Their parameters are gone, so optimizers must be told.
+
+        Args:
+            indices: of the candidates that stay.
+
+        Raises:
+            TypeError, ValueError: where there are none, or one of them is no candidate.
+        """
+        kept = list(indices)
+        if not kept:
+            raise ValueError("indices is empty: keep at least one candidate, which may be a none")
+        for i, index in enumerate(kept):
+            check_choice(f"indices[{i}]", index, len(self._ops))
+        for o in set(range(len(self._ops))).difference(kept):
+            self._ops[o] = Zero(self.stride)
         self._plan = None
 
     def extra_repr(self) -> str:
@@ -126,10 +157,12 @@ class MixedOp(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_plan": None}  # the plan points at modules; a copy makes its own
 
-    def _sum(self, x: Tensor, weights: Tensor) -> Tensor:
+    def _sum(self, x: Tensor, weights: Tensor, choice: int | None) -> Tensor:
         if x.dim() != 4:
-            return _sum_apart([op(x) for op in self._ops], weights)
-        return self.described().run(x, weights)
+            ops = list(self._ops) if choice is None else [self._ops[choice]]
+            return _sum_apart([op(x) for op in ops], weights, choice)
+        plan = self.described()
+        return (plan if choice is None else plan.only(choice)).run(x, weights)
 
     def described(self) -> Plan:
         """Returns what the candidates are now; the same object while they stay so."""
@@ -180,18 +213,36 @@ class Plan:
     def __init__(self, owner: MixedOp) -> None:
         self.training = owner.training
         self.stride = owner.stride
-        self.entries = [_describe(op, owner.stride, owner.training) for op in owner._ops]
-        self.candidates = tuple(e.candidate for e in self.entries)
-        self.norms = [n for e in self.entries for n in e.norms]
-        self.convs = [c for e in self.entries for c in e.convs]
-        self.heads = [e.head for e in self.entries if e.head is not None]
-        self.known = all(e.head is None or e.known for e in self.entries)
-        self.eps = [n.eps for n in self.norms]
+        self.choice: int | None = None
+        self._take([_describe(op, owner.stride, owner.training) for op in owner._ops])
         self.ops = owner._ops
         self.inside = [] if torch.compiler.is_compiling() else list(owner._ops.modules())
         self.facts = [_facts(m) for m in self.inside]
         self.hooks = [hooks for m in self.inside for hooks in hooks_of(m)]
         self.hooked = [bool(hooks) for hooks in self.hooks]
+
+    def _take(self, entries: list[_Entry]) -> None:
+        self.entries = entries
+        self.candidates = tuple(e.candidate for e in entries)
+        self.norms = [n for e in entries for n in e.norms]
+        self.convs = [c for e in entries for c in e.convs]
+        self.heads = [e.head for e in entries if e.head is not None]
+        self.known = all(e.head is None or e.known for e in entries)
+        self.eps = [n.eps for n in self.norms]
+        self._only: dict[int, Plan] = {}
+
+    def only(self, choice: int) -> Plan:
+        """Returns the plan in which the other candidates are zeros, which cost nothing; the same object each time.
+
+        So weights stay as they are: to pick one of them would take a kernel, and an index on their device.
+        """
+        plan = self._only.get(choice)
+        if plan is None:
+            plan = copy.copy(self)
+            plan.choice = choice
+            plan._take([e if o == choice else _Entry(Candidate("none")) for o, e in enumerate(self.entries)])
+            self._only[choice] = plan
+        return plan
 
     def holds(self, owner: MixedOp) -> bool:
         """Whether the owner, or a copy of it that took the plan along, is still what was described."""
@@ -231,7 +282,7 @@ class Plan:
     def _run_apart(self, x: Tensor, weights: Tensor, maps: list[Tensor]) -> Tensor:
         """The same for candidates whose outputs have another shape than one edge of the DARTS space gives."""
         outputs, rest = [], list(maps)
-        for entry in self.entries:
+        for entry in self.entries if self.choice is None else [self.entries[self.choice]]:
             if entry.head is None:
                 raise ValueError(
                     f"candidates disagree in shape: {[tuple(m.shape) for m in maps]} beside {entry.candidate.kind}, "
@@ -239,11 +290,13 @@ class Plan:
                 )
             z = rest.pop(0)
             outputs.append(entry.norms[0](z) if entry.norms else z)
-        return _sum_apart(outputs, weights)
+        return _sum_apart(outputs, weights, self.choice)
 
 
-def _sum_apart(outputs: list[Tensor], weights: Tensor) -> Tensor:
-    """The sum of outputs that may differ in dtype (under autocast), as torch would promote them."""
+def _sum_apart(outputs: list[Tensor], weights: Tensor, choice: int | None) -> Tensor:
+    """The sum of outputs, or of the chosen one, that may differ in dtype (under autocast), as torch promotes them."""
+    if choice is not None:
+        weights = weights[choice : choice + 1]
     dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
     return mixed_sum([y.to(dtype) for y in outputs], weights)
 

@@ -53,6 +53,7 @@ class NASBench201Cell(nn.Module):
         x: Tensor,
         weights: Tensor | Sequence[Tensor],
         edge_weights: Tensor | Sequence[Tensor] | None = None,
+        path: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns the last node, shaped as ``x``.
 
@@ -60,8 +61,12 @@ class NASBench201Cell(nn.Module):
             x: (N, C, H, W).
             weights: (E, O), or E rows of O.
             edge_weights: E factors of the edges' outputs (PC-DARTS' edge normalisation); all 1 where None.
+            path: E indices of candidates: of each edge only that one is computed, times its weight.
+
+        Raises:
+            TypeError, ValueError: where the path does not fit the edges.
         """
-        return self._fused.run(self._ops, [x], weights, edge_weights)
+        return self._fused.run(self._ops, [x], weights, edge_weights, path)
 
 
 class ResidualReduction(nn.Module):
@@ -229,6 +234,7 @@ class NASBench201Supernet(_Skeleton):
         weights: Tensor | Mapping[str, Tensor],
         edge_weights: Tensor | Mapping[str, Tensor] | None = None,
         *,
+        path: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         between: Between | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
@@ -237,17 +243,21 @@ class NASBench201Supernet(_Skeleton):
             x: (N, in_channels, H, W) images; H and W are multiples of 4.
             weights: what a relaxation makes of the alphas, (E, O), or a mapping with that table as ``"cell"``.
             edge_weights: factors of the edges' outputs, (E,), or a mapping with them as ``"cell"``; all 1 where None.
+            path: indices of candidates, or a mapping with them as ``"cell"``: of each edge only that one is computed,
+                times its weight, the only one that gets a gradient. All are computed where None.
             between: called after every cell and every residual block with ``(x,)``, what the next one reads; returns
                 what it reads instead.
 
         Raises:
-            ValueError: where the weights do not have one row an edge, or the images cannot be halved twice.
+            TypeError, ValueError: where the weights do not have one row an edge, the path names no candidate of an
+                edge, or the images cannot be halved twice.
         """
         table = self._of_cells("weights", weights)
         factors = None if edge_weights is None else self._of_cells("edge_weights", edge_weights)
+        choices = None if path is None else self._of_cells("path", path)
 
         def run(cell: nn.Module, state: Tensor) -> Tensor:
-            y: Tensor = cell(state, table, factors) if isinstance(cell, NASBench201Cell) else cell(state)
+            y: Tensor = cell(state, table, factors, choices) if isinstance(cell, NASBench201Cell) else cell(state)
             return y
 
         return self._logits(x, run, between)

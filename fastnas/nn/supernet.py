@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 
 from torch import Tensor, nn
 
@@ -93,6 +93,7 @@ class Supernet(nn.Module):
         weights: Mapping[str, Tensor],
         edge_weights: Mapping[str, Tensor] | None = None,
         *,
+        path: Mapping[str, Sequence[int]] | None = None,
         between: Between | None = None,
     ) -> Tensor:
         """Returns the logits, (N, num_classes).
@@ -101,13 +102,17 @@ class Supernet(nn.Module):
             x: (N, in_channels, H, W) images; H and W are multiples of 4, with the stem of ``imagenet`` of 32.
             weights: ``"normal"`` and ``"reduce"``: what a relaxation makes of the alphas, (E, O) each.
             edge_weights: the same keys: factors of the edges' outputs, (E,) each; all 1 where None.
+            path: the same keys: indices of candidates, E each: of each edge only that one is computed, times its
+                weight, the only one that gets a gradient. All are computed where None.
             between: called after every cell with ``(s0, s1)``, what the next cell reads: the outputs of the cell before
                 and of this one; returns what it reads instead.
 
         Raises:
-            ValueError: where a cell type has no weights, or not one row an edge.
+            TypeError, ValueError: where a cell type has no weights, or not one row an edge, or the path names no
+                candidate of an edge.
         """
-        for name, tables in {"weights": weights, "edge_weights": edge_weights}.items():
+        given: dict[str, Mapping[str, Sized] | None] = {"weights": weights, "edge_weights": edge_weights, "path": path}
+        for name, tables in given.items():
             for cell_type in ("normal", "reduce"):
                 if tables is not None and (cell_type not in tables or len(tables[cell_type]) != self._edges):
                     got = f"{len(tables[cell_type])} rows" if cell_type in tables else "nothing"
@@ -115,6 +120,7 @@ class Supernet(nn.Module):
                         f"{name}[{cell_type!r}] must have one row for each of {self._edges} edges, got {got}"
                     )
         factors = {} if edge_weights is None else edge_weights
+        choices = {} if path is None else path
         if self._stem == "cifar":
             s0 = s1 = self.stem(x)
         else:
@@ -122,7 +128,7 @@ class Supernet(nn.Module):
             s1 = self.stem1(s0)
         for cell in self.cells:
             cell_type = "reduce" if cell.reduction else "normal"
-            s0, s1 = s1, cell(s0, s1, weights[cell_type], factors.get(cell_type))
+            s0, s1 = s1, cell(s0, s1, weights[cell_type], factors.get(cell_type), choices.get(cell_type))
             if between is not None:
                 s0, s1 = between((s0, s1))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))

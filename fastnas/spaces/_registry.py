@@ -44,6 +44,10 @@ class Space(Protocol):
 
         ``forward(x, weights, between=f)`` replaces, after every cell, the states that the next cell reads by
         ``f(states)``, as many tensors.
+
+        Where edges are independent of each other, ``forward(x, weights, edge_weights, path=path)`` also takes, for each
+        cell type, E factors of the edges' outputs and the only candidate that is computed of each edge, and
+        ``mixed_ops()`` yields (cell type, edge, :class:`fastnas.nn.MixedOp`).
         """
 
     def derive(self, scores: Mapping[str, Tensor]) -> AnyGenotype:

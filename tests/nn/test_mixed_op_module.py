@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnas
 from fastnas import MixedOp
+from fastnas.nn import Cell
 from fastnas.nn.operations import OPS, PRIMITIVES, FactorizedReduce, Identity, ReLUConvBN, SepConv
 
 
@@ -305,6 +306,81 @@ def test_wider(stride):
         m.wider(2)
     with pytest.raises(ValueError, match="k=0"):
         m.wider(0)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("order", ["keep", "keep then widen", "widen then keep"])
+def test_keep(order, stride, backend):
+    torch.manual_seed(0)
+    m = MixedOp(8, stride, 4).double()
+    x, weights = torch.randn(3, 8, 6, 10, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    with fastnas.use_backend(backend):
+        m(x, weights)
+        for step in order.split(" then "):
+            if step == "keep":
+                m.keep((6, 3))
+            else:
+                m.wider(2, torch.Generator().manual_seed(0))
+        kept = deepcopy(m._ops)
+        y = m(x, weights)
+    part = 8 // m.k
+    mixed = weights[3] * kept[3](x[:, :part]) + weights[6] * kept[6](x[:, :part])
+    rest = x[:, part:] if stride == 1 else nn.functional.max_pool2d(x[:, part:], 2, 2)
+    expected = torch.cat([mixed, rest], 1).unflatten(1, (m.k, -1)).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(y, expected)
+    assert {name.split(".")[1] for name in m.state_dict()} == ({"6"} if stride == 1 else {"3", "6"})
+    other = MixedOp(8, stride, m.k).double()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(m.state_dict())
+    other.keep([3, 6])
+    other.load_state_dict(m.state_dict())
+    with fastnas.use_backend(backend):
+        torch.testing.assert_close(other.eval()(x, weights), m.eval()(x, weights))
+
+
+def test_what_is_left_without_parameters_is_widened():
+    m = MixedOp(8, 1, k=4, primitives=["skip_connect", "avg_pool_3x3", "nor_conv_1x1"], pool_norm=False)
+    m.keep([0, 1])
+    m.wider(2)
+    x, weights = torch.randn(2, 8, 5, 3), torch.rand(3)
+    part = x[:, :4]
+    mixed = weights[0] * part + weights[1] * nn.functional.avg_pool2d(part, 3, 1, 1, count_include_pad=False)
+    expected = torch.cat([mixed, x[:, 4:]], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+    torch.testing.assert_close(m(x, weights), expected)
+
+
+def test_kept_edges_run_in_the_cell():
+    torch.manual_seed(0)
+    cell = Cell(2, 2, 4, 4, 4, False, False).double()
+    keep = [[1, 4], [0, 3], [2], [5, 6, 7], [0, 4]]
+    for op, indices in zip(cell._ops, keep, strict=True):
+        op.keep(indices)
+    x, weights = torch.randn(2, 4, 6, 5, dtype=torch.float64), torch.rand(5, 8, dtype=torch.float64).requires_grad_()
+    with torch.profiler.profile() as trace:
+        y = cell(x, x, weights)
+    assert "fastnas::mixed_cell" in {e.key for e in trace.key_averages()}
+    with fastnas.use_backend("reference"):
+        torch.testing.assert_close(y, deepcopy(cell)(x, x, weights))
+    (gradient,) = torch.autograd.grad(y.square().sum(), weights)
+    for row, indices in zip(gradient, keep, strict=True):
+        assert set(row.nonzero().flatten().tolist()) == set(indices) - {0}
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        ([], ValueError, "indices is empty: keep at least one candidate"),
+        ([0, 8], ValueError, r"indices\[1\]=8: expected 0 to 7, one of the edge's 8 candidates"),
+        ([-1], ValueError, r"indices\[0\]=-1: expected 0 to 7"),
+        (["none"], TypeError, r"indices\[0\] is a str: expected an int"),
+    ],
+)
+def test_bad_indices(indices, error, message):
+    m = MixedOp(4)
+    with pytest.raises(error, match=message):
+        m.keep(indices)
+    assert len(m.state_dict()) == len(MixedOp(4).state_dict())
 
 
 def test_copies():
