@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,29 @@ DARTS = DARTS_V2
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
+_Model_T = TypeVar("_Model_T", bound="_Model")
+
+
+def apply_to(alphas: Sequence[Tensor], fn: Callable[[Tensor], Tensor]) -> None:
+    """Moves or casts alphas through ``.data``, so that optimizers that hold them keep them."""
+    for alpha in alphas:
+        grad = alpha.grad
+        alpha.data = fn(alpha.data)
+        if grad is not None:
+            alpha.grad = fn(grad)
+
+
+def renewed(model: _Model_T) -> _Model_T:
+    """Returns a copy with fresh parameters, the same architecture parameters and no gradients."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    for alpha in model.arch_parameters():
+        alpha.grad = None
+    return model
+
 
 class Network(Supernet):
     """The supernet together with its architecture parameters, as in ``model_search.py``.
@@ -85,7 +108,7 @@ class Network(Supernet):
     The alphas are plain tensors: outside ``parameters()`` and ``state_dict()``, but moved and cast with the module.
     """
 
-    _k = 1
+    _k = 1  # where no other is given
     _primitives: Sequence[str] = PRIMITIVES
 
     def __init__(
@@ -99,6 +122,7 @@ class Network(Supernet):
         stem_multiplier: int = 3,
         *,
         in_channels: int = 3,
+        k: int | None = None,
     ) -> None:
         super().__init__(
             C,
@@ -109,7 +133,7 @@ class Network(Supernet):
             steps=steps,
             multiplier=multiplier,
             stem_multiplier=stem_multiplier,
-            k=self._k,
+            k=self._k if k is None else k,
         )
         self._C = C
         self._num_classes = num_classes
@@ -132,24 +156,12 @@ class Network(Supernet):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # through .data, so that optimizers that hold the alphas keep them
-        for alpha in self._arch_parameters:
-            grad = alpha.grad
-            alpha.data = fn(alpha.data)
-            if grad is not None:
-                alpha.grad = fn(grad)
+        apply_to(self._arch_parameters, fn)
         return self
 
     def new(self) -> Network:
         """Returns a network of the same size with fresh parameters and a copy of the architecture parameters."""
-        model = copy.deepcopy(self)
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-        for alpha in model.arch_parameters():
-            alpha.grad = None
-        return model
+        return renewed(self)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Returns the logits, (N, num_classes)."""
@@ -183,6 +195,8 @@ class _Model(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def buffers(self) -> Iterator[Tensor]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
     def arch_parameters(self) -> list[Tensor]: ...
 
