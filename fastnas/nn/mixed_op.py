@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastnas.nn._common import check_choice
 from fastnas.nn.batch_norm import foldable, given_statistics, hooks_of, special, update_tracked
 from fastnas.nn.operations import OPS, PRIMITIVES, DilConv, FactorizedReduce, Identity, ReLUConvBN, SepConv, Zero
+from fastnas.nn.skip_dropout import ReduceDropout, SkipDropout
 from fastnas.nn.widen import Replaced, widen
 from fastnas.ops.mixed_op import CONV, SEPARABLE, Candidate, mixed_op
 from fastnas.ops.mixed_sum import mixed_sum
@@ -315,7 +316,7 @@ def _facts(m: nn.Module) -> tuple[object, ...]:
         return (_CONV_FACTS(d), _missing(m, "bias"), "forward" in d)
     if isinstance(m, (nn.MaxPool2d, nn.AvgPool2d)):
         return (type(m), [v for name, v in d.items() if not name.startswith("_")])
-    return (type(m), *d["_modules"].values(), "forward" in d)
+    return (type(m), *d["_modules"].values(), "forward" in d, d["training"])
 
 
 def _missing(m: nn.Module, name: str) -> bool:
@@ -334,12 +335,16 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
         return whole
     if type(op) is Zero and op.stride == stride:
         return _Entry(Candidate("none"))
-    if type(op) in (Identity, nn.Identity):
+    if type(op) in (SkipDropout, ReduceDropout) and op.training:
+        return _Entry(Candidate("map"), head=op, known=(type(op) is ReduceDropout) == (stride == 2))
+    if type(op) in (Identity, nn.Identity, SkipDropout):
         return _Entry(Candidate("skip")) if stride == 1 else whole
+    if isinstance(op, FactorizedReduce):
+        if type(op) in (FactorizedReduce, ReduceDropout) and foldable(op.bn, training):
+            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce, known=True)
+        return whole
     layers = _layers(op)
     if layers is None:
-        if type(op) is FactorizedReduce and foldable(op.bn, training):
-            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce, known=True)
         return whole
     pool = _pool(layers[0], stride)
     if pool is not None:
