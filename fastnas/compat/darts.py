@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from fastnas.nn.operations import OPS, DilConv, FactorizedReduce, Identity, ReLU
 from fastnas.nn.operations import PRIMITIVES as _PRIMITIVES
 from fastnas.nn.supernet import Supernet
 from fastnas.relaxations.softmax import softmax
+from fastnas.search.architect import Batch, Bilevel, Copies, first_order, rewinding, second_order
 from fastnas.spaces.darts import DartsSpace
 
 __all__ = [
@@ -222,6 +222,7 @@ class Architect:
             betas=(0.5, 0.999),
             weight_decay=args.arch_weight_decay,
         )
+        self._copies = Copies()
 
     def step(
         self,
@@ -245,76 +246,26 @@ class Architect:
             unrolled: differentiate through one step of the weights (second order). Running statistics then stay as
                 they were, and the first-order gradient's own forward updates them, as any forward in training does.
         """
-        if unrolled:
-            gradients = self._unrolled_gradients(
-                input_train, target_train, input_valid, target_valid, float(eta), network_optimizer
-            )
-        else:
-            gradients = _gradients(self.model._loss(input_valid, target_valid), self.model.arch_parameters())
-        for alpha, gradient in zip(self.model.arch_parameters(), gradients, strict=True):
-            alpha.grad = gradient
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # what a step of the weights would be: this one is never taken
+        optimizer = torch.optim.SGD(
+            parameters, eta, momentum=self.network_momentum, weight_decay=self.network_weight_decay
+        )
+        optimizer.state = network_optimizer.state
+        generators = [torch.default_generator]
+        generators += [torch.cuda.default_generators[i] for i in {p.device.index for p in parameters if p.is_cuda}]
+        bilevel = Bilevel(
+            cast("nn.Module", self.model),
+            optimizer,
+            {str(i): alpha for i, alpha in enumerate(self.model.arch_parameters())},
+            self._loss,
+            rewinding(generators),
+            self._copies,
+        )
+        architect = second_order if unrolled else first_order
+        architect(bilevel, (input_train, target_train), (input_valid, target_valid))
         self.optimizer.step()
 
-    def _unrolled_gradients(
-        self,
-        input_train: Tensor,
-        target_train: Tensor,
-        input_valid: Tensor,
-        target_valid: Tensor,
-        eta: float,
-        network_optimizer: torch.optim.Optimizer,
-    ) -> list[Tensor]:
-        """Returns ∇α L_valid(w', α) − η ∇²_{α,w} L_train(w, α) ∇w' L_valid(w', α), with w' one SGD step from w."""
-        alphas, parameters = self.model.arch_parameters(), _trained(self.model)
-        with _restored(self.model):
-            loss = self.model._loss(input_train, target_train)
-            for parameter, gradient in zip(parameters, _gradients(loss, parameters), strict=True):
-                data = parameter.data
-                step = gradient + self.network_weight_decay * data
-                buffer = network_optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is not None:
-                    step.add_(buffer, alpha=self.network_momentum)
-                data.sub_(step, alpha=eta)
-            loss = self.model._loss(input_valid, target_valid)
-            gradients = _gradients(loss, [*alphas, *parameters])
-        direct, vector = gradients[: len(alphas)], gradients[len(alphas) :]
-        implicit = self._hessian_vector_product(vector, input_train, target_train)
-        return [d - eta * i for d, i in zip(direct, implicit, strict=True)]
-
-    def _hessian_vector_product(
-        self, vector: Sequence[Tensor], input: Tensor, target: Tensor, r: float = 1e-2
-    ) -> list[Tensor]:
-        """Returns ∇²_{α,w} L v by central differences, [∇α L(w + R v) − ∇α L(w − R v)] / 2R, with R = r / ‖v‖."""
-        alphas, parameters = self.model.arch_parameters(), _trained(self.model)
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in vector])))
-        if norm == 0.0:
-            return [torch.zeros_like(alpha) for alpha in alphas]
-        R = r / norm
-        sides = []
-        for sign in (1.0, -1.0):
-            with _restored(self.model):
-                for parameter, v in zip(parameters, vector, strict=True):
-                    parameter.data.add_(v, alpha=sign * R)
-                sides.append(_gradients(self.model._loss(input, target), alphas))
-        return [(plus - minus) / (2 * R) for plus, minus in zip(*sides, strict=True)]
-
-
-def _trained(model: _Model) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns d loss / d input for each input, zeros where the loss does not depend on it."""
-    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
-
-
-@contextmanager
-def _restored(model: _Model) -> Iterator[None]:
-    """Runs the block, which may write to parameters and buffers through ``.data``, and puts them back bit for bit."""
-    tensors: list[Any] = [*_trained(model), *model.buffers()]
-    saved = [tensor.data.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, value in zip(tensors, saved, strict=True):
-            tensor.data.copy_(value)
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = self.model._loss(*batch)
+        return loss, loss  # a step returns logits, which the published signature has no place for

@@ -1,6 +1,6 @@
 """The search: options and methods, the bilevel loop, checkpoints and run folders."""
 
-from fastnas.search.architect import Architect, Bilevel, first_order
+from fastnas.search.architect import Architect, Bilevel, first_order, rewinding, second_order
 from fastnas.search.checkpoint import CheckpointError
 from fastnas.search.config import SearchConfig
 from fastnas.search.loop import DivergenceError, EpochRecord, Search, SearchResult, search
@@ -20,5 +20,7 @@ __all__ = [
     "first_order",
     "get_method",
     "register_method",
+    "rewinding",
     "search",
+    "second_order",
 ]
