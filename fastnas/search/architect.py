@@ -143,10 +143,10 @@ def second_order(bilevel: Bilevel, train: Batch, valid: Batch, *, radius: float 
 
         again()
         loss, logits = bilevel.loss(valid)
-        gradients = tuple(_gradients(loss, [*alphas, *reached]))
-        direct, v = gradients[: len(alphas)], dict(zip(reached, gradients[len(alphas) :], strict=True))
-        del gradients, reached
-        moved, directions = _directions(bilevel.optimizer, v)
+        parts = _gradients(loss, [*alphas, *reached])
+        direct = parts[: len(alphas)]
+        moved, directions = _directions(bilevel.optimizer, dict(zip(reached, parts[len(alphas) :], strict=True)))
+        del gradients, parts, reached  # as large as the parameters each
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(directions)))
         # where v is 0, so is what it is divided by: the two sides are then equal, and no value need be read
         torch._foreach_mul_(directions, radius / norm.clamp(min=torch.finfo(norm.dtype).tiny))
