@@ -38,7 +38,8 @@ from fastnas.compat.darts import _Model as _ArchitectModel
 from fastnas.genotype import NASBench201Genotype
 from fastnas.nn.nasbench201 import NASBENCH201_PRIMITIVES, NASBench201Cell, NASBench201Supernet
 from fastnas.nn.widen import Replaced
-from fastnas.relaxations import concentration, get_relaxation, softmax
+from fastnas.relaxations import get_relaxation, softmax
+from fastnas.search.regularizers import kl
 from fastnas.spaces.nasbench201 import NASBench201Space
 
 __all__ = [
@@ -110,9 +111,8 @@ class _Candidates:
         """Returns reg_scale Σ KL(Dir(β) ‖ Dir(1)) over all edges; 0 where α is regularised by its optimizer."""
         if self.reg_type == "l2":
             return 0.0
-        left = [a.gather(1, self.kept[name].to(a.device)) if name in self.kept else a for name, a in tables.items()]
-        divergence = torch.stack([_divergence(concentration(alphas)) for alphas in left]).sum()
-        return self.reg_scale * divergence.to(left[0].dtype)
+        left = {n: a.gather(1, self.kept[n].to(a.device)) if n in self.kept else a for n, a in tables.items()}
+        return kl(left, self.reg_scale).to(next(iter(left.values())).dtype)
 
     def prune(self, tables: Mapping[str, Tensor], num_keep: int) -> dict[str, Tensor]:
         """Keeps the ``num_keep`` largest alphas of each edge, sets the others to 0, and returns masks of the kept."""
@@ -129,14 +129,6 @@ class _Candidates:
             masks[name] = torch.zeros_like(data, dtype=torch.bool).scatter(1, self.kept[name], True)
             alphas.data.masked_fill_(~masks[name], 0)
         return masks
-
-
-def _divergence(beta: Tensor) -> Tensor:
-    """Returns Σ KL(Dir(β) ‖ Dir(1)) over the rows of (E, O)."""
-    total = beta.sum(-1)
-    constant = torch.lgamma(torch.full_like(total, beta.shape[-1]))
-    excess = ((beta - 1) * (torch.digamma(beta) - torch.digamma(total)[:, None])).sum(-1)
-    return (torch.lgamma(total) - torch.lgamma(beta).sum(-1) - constant + excess).sum()
 
 
 class _Staged(Protocol):

@@ -33,6 +33,7 @@ from fastnas.nn import MixedOp
 from fastnas.nn.derived import _drop_path
 from fastnas.nn.mixed_op import as_table
 from fastnas.nn.operations import primitive
+from fastnas.search.perturbation import adversarial, random
 from fastnas.spaces.darts import DartsSpace
 
 __all__ = [
@@ -239,10 +240,12 @@ class Network(_Network):
         """
         if updateType not in ("alpha", "weight"):
             raise ValueError(f"updateType={updateType!r}: expected 'alpha' or 'weight'")
-        if updateType == "alpha":
-            weights = self._weights()
-        else:
-            weights = {"normal": self.alphas_normal, "reduce": self.alphas_reduce}
+        return self._logits(input, self._weights() if updateType == "alpha" else self._tables())
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {"normal": self.alphas_normal, "reduce": self.alphas_reduce}
+
+    def _logits(self, input: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         s0 = s1 = self.stem(input)
         for cell in self.cells:
             assert isinstance(cell, _nn.Cell)
@@ -305,7 +308,7 @@ class Network(_Network):
 
 
 def Random_alpha(model: Network, X: Tensor, y: Tensor, epsilon: float) -> None:  # noqa: N802
-    """Moves each alpha by a uniform number from -epsilon to epsilon, and clips (SDARTS-RS, Eq. 4).
+    """Moves each alpha by a uniform number from -epsilon to epsilon, and clips (SDARTS-RS).
 
     Args:
         model: between ``softmax_arch_parameters`` and ``restore_arch_parameters``.
@@ -313,19 +316,13 @@ def Random_alpha(model: Network, X: Tensor, y: Tensor, epsilon: float) -> None: 
         y: labels; not used.
         epsilon: radius.
     """
-    for alpha in model.arch_parameters():
-        alpha.data.add_(torch.empty_like(alpha.data).uniform_(-epsilon, epsilon))
-    model.clip()
+    _assign(model, random(model._tables(), epsilon))
 
 
-def Linf_PGD_alpha(  # noqa: N802
-    model: Network, X: Tensor, y: Tensor, epsilon: float, steps: int = 7, random_start: bool = True
-) -> None:
-    """Moves the alphas to where the loss is worse (SDARTS-ADV, Eq. 5).
+def Linf_PGD_alpha(model: Network, X: Tensor, y: Tensor, epsilon: float, steps: int = 7) -> None:  # noqa: N802
+    """Moves the alphas to where the loss is worse, in evaluation mode (SDARTS-ADV).
 
-    Projected gradient ascent: ``steps`` sign steps of 2 epsilon / steps in evaluation mode, each followed by the
-    projection to a distance of epsilon and by ``clip``. What it finds is kept only where the loss is no lower there.
-    Gradients that parameters have stay as they are.
+    See :func:`fastnas.search.perturbation.adversarial`. Gradients that parameters have stay as they are.
 
     Args:
         model: between ``softmax_arch_parameters`` and ``restore_arch_parameters``.
@@ -333,26 +330,20 @@ def Linf_PGD_alpha(  # noqa: N802
         y: their labels.
         epsilon: radius in the maximum norm.
         steps: of the ascent.
-        random_start: start from a uniform perturbation.
     """
-    alphas, training = model.arch_parameters(), model.training
-    start = [alpha.detach().clone() for alpha in alphas]
+    training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            before = model._loss(X, y, "weight")
-        if random_start:
-            Random_alpha(model, X, y, epsilon)
-        for _ in range(steps):
-            gradients = torch.autograd.grad(model._loss(X, y, "weight"), alphas)
-            for alpha, value, gradient in zip(alphas, start, gradients, strict=True):
-                moved = alpha.data + 2 * epsilon / steps * gradient.sign()
-                alpha.data.copy_(torch.clamp(moved, value - epsilon, value + epsilon))
-            model.clip()
-        with torch.no_grad():
-            after = model._loss(X, y, "weight")
+        found = adversarial(
+            *(model._tables(), epsilon, lambda weights: model._criterion(model._logits(X, weights), y)),
+            parameters=model.parameters(),
+            steps=steps,
+        )
     finally:
         model.train(training)
-    if not after >= before:
-        for alpha, value in zip(alphas, start, strict=True):
-            alpha.data.copy_(value)
+    _assign(model, found)
+
+
+def _assign(model: Network, weights: Mapping[str, Tensor]) -> None:
+    for name, alpha in model._tables().items():
+        alpha.data.copy_(weights[name])
