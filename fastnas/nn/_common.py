@@ -31,7 +31,7 @@ def check_choice(name: str, choice: int, candidates: int) -> None:
         TypeError: where it is no whole number; also where it is a tensor, which may lie on another device.
         ValueError: where there is no such candidate.
     """
-    if isinstance(choice, Tensor) or not isinstance(choice, SupportsIndex):
+    if type(choice) is not int and (isinstance(choice, Tensor) or not isinstance(choice, SupportsIndex)):
         raise TypeError(f"{name} is a {type(choice).__name__}: expected an int; a tensor's .tolist() gives some")
     if not 0 <= choice < candidates:
         raise ValueError(f"{name}={choice}: expected 0 to {candidates - 1}, one of the edge's {candidates} candidates")

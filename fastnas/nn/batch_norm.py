@@ -61,8 +61,8 @@ def update_statistics(norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], 
                 torch._foreach_lerp_(buffers, new, momentum)
                 continue
             for (norm, *_), buffer, value in zip(chosen, buffers, new, strict=True):  # cumulative average
-                assert norm.num_batches_tracked is not None
-                buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
+                if norm.num_batches_tracked is not None:
+                    buffer.lerp_(value, 1.0 / norm.num_batches_tracked.to(buffer.dtype))
 
 
 def update_tracked(norms: Sequence[nn.BatchNorm2d], result: MixedOpResult) -> None:

@@ -69,14 +69,11 @@ class FusedCell:
         weights = as_table(weights, x.device)[: len(ops)]
         if edge_weights is not None:
             edge_weights = as_table(edge_weights, x.device)[: len(ops)]
-        plans, edges, k = self._current(ops)
+        plans, edges, k = self._current(ops, path)
         unknown = edges is None or any(i.dim() != 4 or i.numel() == 0 for i in inputs)
         if unknown or _library.namespace(None, x) is None:
             return self._run_apart(ops, inputs, weights, edge_weights, path)
         assert edges is not None
-        if path is not None:
-            plans = [plan.only(path[i]) for i, plan in zip(self._order, plans, strict=True)]
-            edges = [e._replace(candidates=plan.candidates) for e, plan in zip(edges, plans, strict=True)]
         params: list[Tensor] = [c.weight for plan in plans for c in plan.convs]
         norms = [n for plan in plans for n in plan.norms]
         wrong = [n.num_features * k for n in norms if n.num_features * k != x.shape[1]]
@@ -122,7 +119,7 @@ class FusedCell:
         ends = [states[n] for n in sorted(states)[-self._concat :]]
         return torch.cat(ends, dim=1) if len(ends) > 1 else ends[0]
 
-    def _current(self, ops: nn.ModuleList) -> _Known:
+    def _current(self, ops: nn.ModuleList, path: Sequence[int] | None) -> _Known:
         """Returns what the edges are now, in the op's order, how the op is told (None where it cannot be), and k."""
         modules: list[MixedOp] = []
         for i in self._order:
@@ -130,7 +127,10 @@ class FusedCell:
             if type(edge) is not MixedOp or special(edge):
                 return [], None, 1
             modules.append(edge)
-        plans = [e.described() for e in modules]
+        if path is None:
+            plans = [e.described() for e in modules]
+        else:
+            plans = [e.described(path[i]) for i, e in zip(self._order, modules, strict=True)]
         known = self._known
         if len(plans) == len(known[0]) and all(a is b for a, b in zip(plans, known[0], strict=True)):
             return known

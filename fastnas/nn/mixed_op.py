@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ class MixedOp(nn.Module):
         self._ops = nn.ModuleList(ops)
         if not len(self._ops):
             raise ValueError("a MixedOp needs at least one candidate")
-        self._plan: Plan | None = None
+        self._plans: dict[int | None, Plan] = {}
 
     def forward(self, x: Tensor, weights: Tensor | Sequence[Tensor], choice: int | None = None) -> Tensor:
         """Returns ``sum_o weights[o] * op_o(x)``, shape (N, C, ceil(H / stride), ceil(W / stride)).
@@ -129,7 +128,7 @@ class MixedOp(nn.Module):
         for op in self._ops:
             widen(op, channels // self.k, channels // k, generator, replaced)
         self.k = k
-        self._plan = None
+        self._plans = {}
 
     def keep(self, indices: Iterable[int]) -> None:
         """Leaves only some candidates: the others become zeros, which cost nothing, and weights keep their columns.
@@ -149,29 +148,34 @@ class MixedOp(nn.Module):
             check_choice(f"indices[{i}]", index, len(self._ops))
         for o in set(range(len(self._ops))).difference(kept):
             self._ops[o] = Zero(self.stride)
-        self._plan = None
+        self._plans = {}
 
     def extra_repr(self) -> str:
         """Returns the stride, and k where it is not 1."""
         return f"stride={self.stride}" + (f", k={self.k}" if self.k != 1 else "")
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_plan": None}  # the plan points at modules; a copy makes its own
+        return {**self.__dict__, "_plans": {}}  # plans point at modules; a copy makes its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._plans = {}  # also of edges that were pickled whole before there were several
 
     def _sum(self, x: Tensor, weights: Tensor, choice: int | None) -> Tensor:
         if x.dim() != 4:
             ops = list(self._ops) if choice is None else [self._ops[choice]]
             return _sum_apart([op(x) for op in ops], weights, choice)
-        plan = self.described()
-        return (plan if choice is None else plan.only(choice)).run(x, weights)
+        return self.described(choice).run(x, weights)
 
-    def described(self) -> Plan:
-        """Returns what the candidates are now; the same object while they stay so."""
+    def described(self, choice: int | None = None) -> Plan:
+        """Returns what the candidates, or the chosen one, are now; the same object while they stay so."""
         if torch.compiler.is_compiling():  # which guards on what is read, and so needs no memory of its own
-            return Plan(self)
-        if self._plan is None or not self._plan.holds(self):
-            self._plan = Plan(self)
-        return self._plan
+            return Plan(self, choice)
+        plan = self._plans.get(choice)
+        if plan is None or not plan.holds(self):
+            plan = Plan(self, choice)
+            self._plans = {**self._plans, choice: plan}  # another dict: a replica on another thread has this one, too
+        return plan
 
 
 def as_table(weights: Tensor | Sequence[object], device: torch.device) -> Tensor:
@@ -209,50 +213,44 @@ class _Entry:
 
 
 class Plan:
-    """What a MixedOp's candidates are, found once and kept while they stay what they are."""
+    """What a MixedOp's candidates are, found once and kept while they stay what they are.
 
-    def __init__(self, owner: MixedOp) -> None:
+    Of a choice, the others are zeros, which cost nothing. So weights stay as they are: to pick one of them would take a
+    kernel, and an index on their device.
+    """
+
+    def __init__(self, owner: MixedOp, choice: int | None = None) -> None:
         self.training = owner.training
         self.stride = owner.stride
-        self.choice: int | None = None
-        self._take([_describe(op, owner.stride, owner.training) for op in owner._ops])
-        self.ops = owner._ops
-        self.inside = [] if torch.compiler.is_compiling() else list(owner._ops.modules())
+        self.choice = choice
+        self.entries = [
+            _describe(op, owner.stride, owner.training) if choice in (None, o) else _Entry(Candidate("none"))
+            for o, op in enumerate(owner._ops)
+        ]
+        self.candidates = tuple(e.candidate for e in self.entries)
+        self.norms = [n for e in self.entries for n in e.norms]
+        self.convs = [c for e in self.entries for c in e.convs]
+        self.heads = [e.head for e in self.entries if e.head is not None]
+        self.known = all(e.head is None or e.known for e in self.entries)
+        self.eps = [n.eps for n in self.norms]
+        self.ops = self._read(owner)
+        self.inside = [] if torch.compiler.is_compiling() else list(self.ops.modules())
         self.facts = [_facts(m) for m in self.inside]
         self.hooks = [hooks for m in self.inside for hooks in hooks_of(m)]
         self.hooked = [bool(hooks) for hooks in self.hooks]
 
-    def _take(self, entries: list[_Entry]) -> None:
-        self.entries = entries
-        self.candidates = tuple(e.candidate for e in entries)
-        self.norms = [n for e in entries for n in e.norms]
-        self.convs = [c for e in entries for c in e.convs]
-        self.heads = [e.head for e in entries if e.head is not None]
-        self.known = all(e.head is None or e.known for e in entries)
-        self.eps = [n.eps for n in self.norms]
-        self._only: dict[int, Plan] = {}
-
-    def only(self, choice: int) -> Plan:
-        """Returns the plan in which the other candidates are zeros, which cost nothing; the same object each time.
-
-        So weights stay as they are: to pick one of them would take a kernel, and an index on their device.
-        """
-        plan = self._only.get(choice)
-        if plan is None:
-            plan = copy.copy(self)
-            plan.choice = choice
-            plan._take([e if o == choice else _Entry(Candidate("none")) for o, e in enumerate(self.entries)])
-            self._only[choice] = plan
-        return plan
-
     def holds(self, owner: MixedOp) -> bool:
         """Whether the owner, or a copy of it that took the plan along, is still what was described."""
         return (
-            owner._ops is self.ops
+            self._read(owner) is self.ops
             and owner.training == self.training
             and list(map(bool, self.hooks)) == self.hooked
             and list(map(_facts, self.inside)) == self.facts
         )
+
+    def _read(self, owner: MixedOp) -> nn.Module:
+        """Returns the module that everything in the plan was read of."""
+        return owner._ops if self.choice is None else owner._ops._modules[str(self.choice)]
 
     def run(self, x: Tensor, weights: Tensor) -> Tensor:
         """Returns the edge's output, and updates running statistics."""

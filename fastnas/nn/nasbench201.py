@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastnas.genotype import NASBench201Genotype
 from fastnas.nn._common import Between, check_primitives, check_sizes
+from fastnas.nn.checkpointing import run_cell
 from fastnas.nn.fused_cell import FusedCell
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.operations import OPS, ReLUConvBN
@@ -206,10 +207,14 @@ class NASBench201Supernet(_Skeleton):
         nodes: nodes of a cell, its input included.
         primitives: the candidates of an edge.
         k: partial channels: the candidates see 1/k of the channels (PC-DARTS, arXiv:1907.05737); 1 is all of them.
+        checkpoint_cells: keep for the backward only what cells read, and run each once more there: less memory, more
+            time. May be set at any time.
 
     Raises:
         ValueError: where a size is below 1, a primitive is not known, or k does not divide the channels.
     """
+
+    checkpoint_cells: bool = False  # of networks that were pickled whole before there was such a choice
 
     def __init__(
         self,
@@ -221,12 +226,14 @@ class NASBench201Supernet(_Skeleton):
         nodes: int = 4,
         primitives: Sequence[str] = NASBENCH201_PRIMITIVES,
         k: int = 1,
+        checkpoint_cells: bool = False,
     ) -> None:
         super().__init__(
             *(channels, cells, num_classes, in_channels),
             lambda C: NASBench201Cell(C, nodes, primitives=primitives, k=k),
         )
         self._edges = nodes * (nodes - 1) // 2
+        self.checkpoint_cells = checkpoint_cells
 
     def forward(
         self,
@@ -257,7 +264,9 @@ class NASBench201Supernet(_Skeleton):
         choices = None if path is None else self._of_cells("path", path)
 
         def run(cell: nn.Module, state: Tensor) -> Tensor:
-            y: Tensor = cell(state, table, factors, choices) if isinstance(cell, NASBench201Cell) else cell(state)
+            if isinstance(cell, NASBench201Cell):
+                return run_cell(cell, state, table, factors, choices, again=self.checkpoint_cells)
+            y: Tensor = cell(state)
             return y
 
         return self._logits(x, run, between)

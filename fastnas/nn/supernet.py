@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastnas.nn._common import Between, check_sizes
 from fastnas.nn.cells import Cell
+from fastnas.nn.checkpointing import run_cell
 from fastnas.nn.mixed_op import MixedOp
 from fastnas.nn.operations import PRIMITIVES
 from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
@@ -31,12 +32,16 @@ class Supernet(nn.Module):
         k: partial channels: the candidates see 1/k of the channels (PC-DARTS, arXiv:1907.05737); 1 is all of them.
         stem: ``cifar``, one convolution at full size; or ``imagenet``, three of stride 2, after which the first cell
             reads ``channels`` channels at a quarter and at an eighth of the size.
+        checkpoint_cells: keep for the backward only what cells read, and run each once more there: less memory, more
+            time. May be set at any time.
 
     Raises:
         ValueError: where a size is below 1, or the stem is unknown or does not fit the channels.
     """
 
-    _stem: Stem = "cifar"  # of networks that were pickled whole before there was another
+    # of networks that were pickled whole before there was another
+    _stem: Stem = "cifar"
+    checkpoint_cells: bool = False
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Supernet(nn.Module):
         stem_multiplier: int = 3,
         k: int = 1,
         stem: Stem = "cifar",
+        checkpoint_cells: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(channels=channels, layers=layers, num_classes=num_classes, in_channels=in_channels)
@@ -62,6 +68,7 @@ class Supernet(nn.Module):
             C_prev_prev = C_prev = channels
             self.stem0, self.stem1 = imagenet_stems(in_channels, channels)
         self._stem = stem
+        self.checkpoint_cells = checkpoint_cells
         C_curr, reduction_prev = channels, stem == "imagenet"
         self.cells = nn.ModuleList()
         for i in range(layers):
@@ -128,7 +135,8 @@ class Supernet(nn.Module):
             s1 = self.stem1(s0)
         for cell in self.cells:
             cell_type = "reduce" if cell.reduction else "normal"
-            s0, s1 = s1, cell(s0, s1, weights[cell_type], factors.get(cell_type), choices.get(cell_type))
+            args = (s0, s1, weights[cell_type], factors.get(cell_type), choices.get(cell_type))
+            s0, s1 = s1, run_cell(cell, *args, again=self.checkpoint_cells)
             if between is not None:
                 s0, s1 = between((s0, s1))
         logits: Tensor = self.classifier(self.global_pooling(s1).flatten(1))

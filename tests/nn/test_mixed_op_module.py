@@ -172,11 +172,11 @@ def test_fused_again_after_hooks_are_gone():
     m, x, weights = MixedOp(4, 1), torch.randn(2, 4, 5, 5), torch.rand(8)
     handles = [child.register_forward_hook(lambda *_: None) for child in m._ops.modules()]
     m(x, weights)
-    assert {c.kind for c in m._plan.candidates} == {"map"}
+    assert {c.kind for c in m._plans[None].candidates} == {"map"}
     for handle in handles:
         handle.remove()
     m(x, weights)
-    assert {c.kind for c in m._plan.candidates} == {"none", "max_pool", "avg_pool", "skip", "separable"}
+    assert {c.kind for c in m._plans[None].candidates} == {"none", "max_pool", "avg_pool", "skip", "separable"}
 
 
 def test_replicas_of_data_parallel_use_their_own_parameters():

@@ -164,7 +164,8 @@ def test_a_path_runs_as_one_op_and_describes_nothing_anew(monkeypatch):
     net = Supernet(4, 3, 5, 1)
     weights = {name: torch.rand(14, 8) for name in ("normal", "reduce")}
     x, generator = torch.randn(2, 1, 8, 8), torch.Generator().manual_seed(0)
-    net(x, weights)
+    for o in range(8):
+        net(x, weights, path={name: [o] * 14 for name in weights})
     described = []
     describe = mixed_op._describe
     monkeypatch.setattr(mixed_op, "_describe", lambda *args: described.append(1) or describe(*args))
