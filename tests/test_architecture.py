@@ -127,6 +127,7 @@ def test_importing_fastnas_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules)\n"
         "import fastnas, fastnas.nn, fastnas.spaces, fastnas.tabular, fastnas.compat.darts, fastnas.compat.pc_darts\n"
+        "import fastnas.compat.drnas, fastnas.compat.smooth_darts\n"
         f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)

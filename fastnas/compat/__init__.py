@@ -1,1 +1,1 @@
-"""Modules whose names and signatures existing scripts import: :mod:`.darts` and :mod:`.pc_darts`."""
+"""The names that existing scripts import: :mod:`.darts`, :mod:`.pc_darts`, :mod:`.drnas` and :mod:`.smooth_darts`."""

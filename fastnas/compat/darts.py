@@ -7,8 +7,9 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,29 @@ DARTS = DARTS_V2
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
+_Model_T = TypeVar("_Model_T", bound="_Model")
+
+
+def apply_to(alphas: Sequence[Tensor], fn: Callable[[Tensor], Tensor]) -> None:
+    """Moves or casts alphas through ``.data``, so that optimizers that hold them keep them."""
+    for alpha in alphas:
+        grad = alpha.grad
+        alpha.data = fn(alpha.data)
+        if grad is not None:
+            alpha.grad = fn(grad)
+
+
+def renewed(model: _Model_T) -> _Model_T:
+    """Returns a copy with fresh parameters, the same architecture parameters and no gradients."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    for alpha in model.arch_parameters():
+        alpha.grad = None
+    return model
+
 
 class Network(Supernet):
     """The supernet together with its architecture parameters, as in ``model_search.py``.
@@ -84,7 +108,8 @@ class Network(Supernet):
     The alphas are plain tensors: outside ``parameters()`` and ``state_dict()``, but moved and cast with the module.
     """
 
-    _k = 1
+    _k = 1  # where no other is given
+    _primitives: Sequence[str] = PRIMITIVES
 
     def __init__(
         self,
@@ -97,17 +122,18 @@ class Network(Supernet):
         stem_multiplier: int = 3,
         *,
         in_channels: int = 3,
+        k: int | None = None,
     ) -> None:
         super().__init__(
             C,
             layers,
             num_classes,
             in_channels,
-            primitives=PRIMITIVES,
+            primitives=self._primitives,
             steps=steps,
             multiplier=multiplier,
             stem_multiplier=stem_multiplier,
-            k=self._k,
+            k=self._k if k is None else k,
         )
         self._C = C
         self._num_classes = num_classes
@@ -120,7 +146,7 @@ class Network(Supernet):
         self._initialize_alphas()
 
     def _space(self) -> DartsSpace:
-        return DartsSpace(primitives=tuple(PRIMITIVES), steps=self._steps, multiplier=self._multiplier)
+        return DartsSpace(primitives=tuple(self._primitives), steps=self._steps, multiplier=self._multiplier)
 
     def _initialize_alphas(self) -> None:
         alphas = self._space().init_alphas()
@@ -130,30 +156,12 @@ class Network(Supernet):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # through .data, so that optimizers that hold the alphas keep them
-        for alpha in self._arch_parameters:
-            grad = alpha.grad
-            alpha.data = fn(alpha.data)
-            if grad is not None:
-                alpha.grad = fn(grad)
+        apply_to(self._arch_parameters, fn)
         return self
 
     def new(self) -> Network:
         """Returns a network of the same size with fresh parameters and a copy of the architecture parameters."""
-        like = self.classifier.weight
-        model = type(self)(
-            self._C,
-            self._num_classes,
-            self._layers,
-            self._criterion,
-            self._steps,
-            self._multiplier,
-            self._stem_multiplier,
-            in_channels=self._in_channels,
-        ).to(device=like.device, dtype=like.dtype)
-        for copy, alpha in zip(model.arch_parameters(), self.arch_parameters(), strict=True):
-            copy.data.copy_(alpha.data)
-        return model
+        return renewed(self)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Returns the logits, (N, num_classes)."""
@@ -187,6 +195,8 @@ class _Model(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def buffers(self) -> Iterator[Tensor]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
     def arch_parameters(self) -> list[Tensor]: ...
 
