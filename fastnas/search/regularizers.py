@@ -38,7 +38,9 @@ class Regularizer:
             scale: λ.
         """
         tables = [alpha for alpha in alphas.values() if alpha.dim() == 2]
-        return next(iter(alphas.values())).new_zeros(()) if self.penalty is None else scale * self.penalty(tables)
+        if self.penalty is None:
+            return tables[0].new_zeros(())
+        return scale * self.penalty(tables).to(tables[0].dtype)
 
     def check(self, relaxation: str) -> None:
         """Raises ValueError where the penalty is of another relaxation's parameters."""
