@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from fastnas.saliency._registry import Batch
 from fastnas.nn.preserved import preserved
+from fastnas.saliency._registry import Batch
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers whose weights published scores look at."""

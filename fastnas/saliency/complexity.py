@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastnas.saliency._registry import Batch, score
 from fastnas.nn.preserved import preserved
+from fastnas.saliency._registry import Batch, score
 from fastnas.saliency._visit import LAYERS, check_images, hooked
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn.preserved import preserved
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, score
-from fastnas.nn.preserved import preserved
 from fastnas.saliency._visit import LAYERS
 
 

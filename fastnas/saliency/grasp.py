@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import twice_differentiable
+from fastnas.nn.preserved import preserved
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, saliency, score
-from fastnas.nn.preserved import preserved
 
 
 def hessian_gradient_product(loss: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:

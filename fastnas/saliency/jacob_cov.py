@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastnas.saliency._registry import Batch, score
 from fastnas.nn.preserved import preserved
+from fastnas.saliency._registry import Batch, score
 from fastnas.saliency._visit import check_images, logits_of
 
 _K = 1e-5  # the paper's k

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastnas.saliency._registry import Batch, score
 from fastnas.nn.preserved import preserved
+from fastnas.saliency._registry import Batch, score
 from fastnas.saliency._visit import check_images, logits_of
 
 _COLUMNS = 2**18  # parameters whose float64 copies exist at the same time

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import twice_differentiable
+from fastnas.nn.preserved import preserved
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, saliency
-from fastnas.nn.preserved import preserved
 
 
 @saliency("released-synflow")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -53,6 +54,15 @@ class Chance:
             self._set_globals(global_)
 
         return back
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Runs the block, after which chance is where it was."""
+        back = self.rewind()
+        try:
+            yield
+        finally:
+            back()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns where chance is, as tensors on the CPU."""

@@ -12,7 +12,7 @@ import torch
 
 from fastnas.relaxations import get_relaxation
 from fastnas.search.methods import get_method
-from fastnas.search.regularizers import REGULARIZERS
+from fastnas.search.regularizers import REGULARIZERS, get_regularizer
 
 PRESET: Any = None
 """The default of an option whose value comes from the method's preset for the data."""
@@ -28,11 +28,11 @@ class SpaceOptions:
         relaxation: The function from alphas to the weights of the mixed operations.
         k: Partial channels: candidates see 1/k of the channels, the others bypass them. 1 is all channels. Of a search
             in stages, the first stage's.
-        edge_normalization: A weight for each edge, a softmax over those that enter a node, is learned beside the alphas
-            (PC-DARTS).
-        stages: A progressive search (DrNAS): a list of stages [k, operations, epochs, warm-up]. Each one starts with the
-            best operations of every edge, that many, and with wider ones where its k is smaller; its first epochs leave
-            the alphas alone. [] is one stage of the options k, epochs and alpha_warmup.
+        edge_normalization: A weight for each edge, a softmax over those that enter a node, is learned beside the
+            alphas (PC-DARTS).
+        stages: A progressive search (DrNAS): a list of stages [k, operations, epochs, warm-up]. Each one starts with
+            the best operations of every edge, that many, and with wider ones where its k is smaller; its first epochs
+            leave the alphas alone. [] is one stage of the options k, epochs and alpha_warmup.
         channels: Channels of the first cell. Each reduction cell doubles them.
         layers: Cells of the supernet; those at 1/3 and 2/3 of the depth are reduction cells, so there are 3 or more. In
             the space nb201: cells of each of the three stages, 1 or more.
@@ -161,8 +161,8 @@ class MeasureOptions:
         columns: The table's columns of interest. [] is test accuracies of NAS-Bench-201, or every column.
         samples: Architectures that are drawn from a random relaxation and looked up in the table: their mean and their
             spread. 0 is none.
-        hessian: Every so many epochs, the Hessian of the validation loss of one batch with respect to the alphas:
-            largest eigenvalue, norm and trace. 0 is never.
+        hessian: Every so many epochs, the Hessian of the loss on one batch of validation images with respect to the
+            weights of the mixed operations, at the relaxation's mean: dominant eigenvalue, norm and trace. 0 is never.
     """
 
     discrete: bool = PRESET
@@ -244,13 +244,13 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
     def __post_init__(self) -> None:
         preset = get_method(self.method).preset(self.data, self.space)
         given = {name: getattr(self, name) for name in ("k", "epochs", "alpha_warmup")}
-        for name, value in preset.items():
+        for name, default in preset.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, default)
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         for field in fields(self):
-            value = getattr(self, field.name)
+            value: Any = getattr(self, field.name)
             # YAML has no tuples, and a preset none of the lists that YAML has.
             if isinstance(value, (list, tuple)):
                 value = _plain(value) if str(field.type).startswith("list") else tuple(value)
@@ -310,10 +310,7 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
             raise ValueError(
                 f"accumulate={self.accumulate} with batch_size={self.batch_size}: batch norm wants 2 images a part"
             )
-        if self.regularizer in ("l2_beta", "kl") and self.relaxation != "dirichlet":
-            raise ValueError(
-                f"regularizer={self.regularizer} with relaxation={self.relaxation}: it is for dirichlet; set it to none"
-            )
+        get_regularizer(self.regularizer).check(self.relaxation)
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
@@ -348,7 +345,10 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
     "tuple[float, float]": ((tuple,), "two numbers"),
     "list[str]": ((list,), "a list of names"),
-    "list[list[int]]": ((list,), "a list of stages [k, operations, epochs, warm-up], such as [[4,5,50,10],[2,3,50,10]]"),
+    "list[list[int]]": (
+        (list,),
+        "a list of stages [k, operations, epochs, warm-up], such as [[4,5,50,10],[2,3,50,10]]",
+    ),
 }
 
 

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnas import __version__, _C
+from fastnas import _C, __version__
 from fastnas._device import as_device
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
 from fastnas.genotype import AnyGenotype, parse_genotype
 from fastnas.nn.preserved import preserved
 from fastnas.nn.skip_dropout import set_skip_dropout
 from fastnas.relaxations import get_relaxation
+from fastnas.search import perturbation
 from fastnas.search.architect import Batch, Bilevel, first_order, second_order
 from fastnas.search.chance import Chance
 from fastnas.search.checkpoint import CheckpointError
 from fastnas.search.config import AMP, SearchConfig, Stage
 from fastnas.search.graphs import CudaRecorder, GraphedStep
+from fastnas.search.hessian import curvature
 from fastnas.search.measures import Measures
-from fastnas.search.perturbation import perturbed
 from fastnas.search.regularizers import get_regularizer
 from fastnas.search.stages import reshape
 from fastnas.spaces import get_space
@@ -212,7 +213,7 @@ class Search:
         edges = len(self.space.edges)
         if any(len(alpha) != edges for alpha in self.alphas.values()):
             raise ValueError(f"edge_normalization with space={self.config.space}: its alphas are not one row an edge")
-        shapes = {name: (1, edges) for name in self.alphas}
+        shapes = dict.fromkeys(self.alphas, (1, edges))
         drawn = draw(shapes, self._generator("edge alphas"), self.config.alpha_scale, self.device)
         return {name: row.detach()[0].requires_grad_() for name, row in drawn.items()}
 
@@ -247,7 +248,7 @@ class Search:
 
     def _optimizer_of_alphas(self) -> torch.optim.Optimizer:
         c = self.config
-        weight_decay = c.alpha_weight_decay + (c.regularizer_scale if c.regularizer == "l2" else 0.0)
+        weight_decay = c.alpha_weight_decay + (c.regularizer_scale if self._regularizer.weight_decay else 0.0)
         tables = [*self.alphas.values(), *self._edge_alphas.values()]
         if c.alpha_optimizer == "sgd":
             return torch.optim.SGD(tables, c.alpha_lr, weight_decay=weight_decay, foreach=True)
@@ -459,7 +460,7 @@ class Search:
             if len(parts) > 1:
                 share = len(part[1]) / len(labels)
                 grads = [share * table.grad for table in tables if table.grad is not None]
-                sums = grads if not sums else torch._foreach_add(sums, grads)
+                sums = grads if not sums else list(torch._foreach_add(sums, grads))
         for table, grad in zip(tables, sums, strict=bool(sums)):
             table.grad = grad
         self._alpha_optimizer.step()
@@ -476,7 +477,7 @@ class Search:
         for part, answers in pieces:
             logits = self._logits(part, arguments)
             loss = F.cross_entropy(logits, answers)
-            (loss * (len(answers) / len(labels))).backward()
+            (loss * (len(answers) / len(labels))).backward()  # type: ignore[no-untyped-call]
             self._totals[0].add_(loss.detach() * len(answers))
             self._totals[1].add_((logits.detach().argmax(1) == answers).sum())
         if self.config.clip:
@@ -486,16 +487,17 @@ class Search:
         self._totals[2].add_(len(labels))
 
     def _perturbed(self, arguments: Arguments, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        first, last = self.config.perturbation_radius
-        radius = first + (last - first) * self.epoch / self.config.epochs
-        return perturbed(
-            self.config.perturbation,
-            arguments["weights"],
-            radius,
-            lambda weights: F.cross_entropy(self._logits(images, {**arguments, "weights": weights}), labels),
-            self.supernet,
-            self._chance.generator,
-        )
+        """Returns weights for one step of the network's parameters that are disturbed, within the epoch's radius."""
+        weights, generator = arguments["weights"], self._chance.generator
+        epsilon = perturbation.radius(self.epoch, self.config.epochs, *self.config.perturbation_radius)
+        if self.config.perturbation == "random":
+            return perturbation.random(weights, epsilon, generator)
+
+        def loss(tables: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(self._logits(images, {**arguments, "weights": tables}), labels)
+
+        with preserved(self.supernet, training=False):
+            return perturbation.adversarial(weights, epsilon, loss, self._bilevel.parameters, generator)
 
     def _end_epoch(self) -> EpochRecord:
         start = time.perf_counter()
@@ -536,7 +538,8 @@ class Search:
         if not number:
             return self.kept
         return {
-            name: weights.topk(number, dim=1).indices.sort(dim=1).values for name, weights in self.mean_weights().items()
+            name: weights.topk(number, dim=1).indices.sort(dim=1).values
+            for name, weights in self.mean_weights().items()
         }
 
     def _reshape(self, kept: dict[str, Tensor]) -> None:
@@ -547,7 +550,9 @@ class Search:
         for record in replaced:
             if record.old in state:
                 state[record.new] = {
-                    key: record.select(value) if isinstance(value, Tensor) and value.shape == record.old.shape else value
+                    key: record.select(value)
+                    if isinstance(value, Tensor) and value.shape == record.old.shape
+                    else value
                     for key, value in state.pop(record.old).items()
                 }
         self._weight_optimizer = self._sgd(state)
@@ -584,6 +589,26 @@ class Search:
         images = len(self.parts[1])
         return loss.item() / images, correct.item() / images
 
+    def hessian(self) -> dict[str, float]:
+        """Returns the curvature of the loss on the first batch of validation images, by the names of measures.
+
+        Derivatives are with respect to the weights of the mixed operations, at the relaxation's mean.
+        """
+        pixels, labels = self._batch(self.parts[1][: self.config.batch_size])
+        images = normalize(pixels, self._mean, self._std)
+        edges = self._mean_arguments().get("edge_weights")
+        extra = {} if edges is None else {"edge_weights": {name: e.detach() for name, e in edges.items()}}
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            tables = {name: self._scattered(name, table) for name, table in weights.items()}
+            return F.cross_entropy(self._logits(images, {"weights": tables, **extra}), labels)
+
+        generator = torch.Generator().manual_seed(_seed(self.config.seed, f"hessian {self.epoch}"))
+        with self._chance.repeated():
+            found = curvature(self.supernet, loss, self._kept_alphas(), self.relaxation, generator=generator)
+        values = {f"hessian/{name}": value for name, value in asdict(found).items()}
+        return {name: value for name, value in values.items() if value is not None}
+
     def _random_architectures(self) -> Iterator[AnyGenotype]:
         generator = self._generator("architectures")
         while True:
@@ -606,8 +631,7 @@ class Search:
         images, labels = batch
         logits = self._logits(images, self._arguments())
         loss = F.cross_entropy(logits, labels)
-        penalty = self._regularizer(self.alphas, self.config.regularizer_scale)
-        return (loss if penalty is None else loss + penalty), logits
+        return loss + self._regularizer(self.alphas, self.config.regularizer_scale), logits
 
     def _logits(self, images: Tensor, arguments: Arguments) -> Tensor:
         # Each parameter is read once a forward, so a cache of their casts would only hold memory.
@@ -646,18 +670,24 @@ class Search:
         """Returns the relaxation's mean over the edges that enter a node, (E,) for each cell type."""
         fan_in = [len(list(group)) for _, group in itertools.groupby(i for i, _ in self.space.edges)]
         return {
-            name: torch.cat([self.relaxation.mean(node[None])[0] for node in beta.split(fan_in)])
+            name: torch.cat([self.relaxation.mean(node[None])[0] for node in torch.split(beta, fan_in)])
             for name, beta in self._edge_alphas.items()
         }
 
     def _tables(self, relax: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Returns the weights of all candidates: what ``relax`` makes of the kept ones' alphas, 0 for the others."""
+        return {name: self._scattered(name, relax(alpha)) for name, alpha in self._kept_alphas().items()}
+
+    def _kept_alphas(self) -> dict[str, Tensor]:
         if not self.kept:
-            return {name: relax(alpha) for name, alpha in self.alphas.items()}
-        return {
-            name: torch.zeros_like(alpha).scatter(1, self.kept[name], relax(alpha.gather(1, self.kept[name])))
-            for name, alpha in self.alphas.items()
-        }
+            return self.alphas
+        return {name: alpha.gather(1, self.kept[name]) for name, alpha in self.alphas.items()}
+
+    def _scattered(self, name: str, weights: Tensor) -> Tensor:
+        """Returns the weights of the kept operations, (E, n), with 0 for the others, (E, O)."""
+        if not self.kept:
+            return weights
+        return torch.zeros_like(self.alphas[name]).scatter(1, self.kept[name], weights)
 
     @torch.no_grad()
     def mean_weights(self) -> dict[str, Tensor]:

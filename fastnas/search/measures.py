@@ -71,9 +71,7 @@ class Measures:
 
     def _sampled(self, search: Search) -> dict[str, float]:
         generator = torch.Generator(search.device).manual_seed(search.epoch)
-        rows = [
-            self._find(search.space.derive(search.sampled_weights(generator))) for _ in range(self._config.samples)
-        ]
+        rows = [self._find(search.space.derive(search.sampled_weights(generator))) for _ in range(self._config.samples)]
         measures = {}
         for name in self._columns:
             known = [row[name] for row in rows if not math.isnan(row[name])]
@@ -83,6 +81,6 @@ class Measures:
 
 
 def skips(genotype: AnyGenotype) -> float:
-    """Returns the share of an architecture's operations that are ``skip_connect``; of DARTS' cells, the normal one's."""
+    """Returns the share of an architecture's operations that are ``skip_connect``; of DARTS' cells, the normal one."""
     operations = [op for op, _ in genotype.normal] if hasattr(genotype, "normal") else list(genotype.ops)
     return operations.count("skip_connect") / len(operations)

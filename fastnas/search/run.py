@@ -35,6 +35,7 @@ _FILES = (
     "cell_normal.png",
     "cell_reduce.png",
     "alphas.png",
+    "report.html",
 )
 _EVENTS = "events.out.tfevents.*"
 

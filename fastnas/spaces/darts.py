@@ -122,7 +122,9 @@ class DartsSpace:
             for n, (op, j) in enumerate(kept):
                 edge = (n // 2 + 2, j)
                 if chosen[edge] is not None:
-                    raise ValueError(f"genotype: node {n // 2 + 2} of {name} has input {j} twice, which scores cannot say")
+                    raise ValueError(
+                        f"genotype: node {n // 2 + 2} of {name} has input {j} twice, which scores cannot say"
+                    )
                 chosen[edge] = self.primitives.index(op)
             tables[name] = one_hot(list(chosen.values()), len(self.primitives))
         return tables

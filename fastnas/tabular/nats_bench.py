@@ -64,7 +64,9 @@ def convert(api: _Api, path: str | os.PathLike[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Converts NATS-Bench's topology files, named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m fastnas.tabular.nats_bench", description=__doc__)
-    parser.add_argument("source", help="what nats_bench.create is given: the extracted folder, or the .pickle.pbz2 file")
+    parser.add_argument(
+        "source", help="what nats_bench.create is given: the extracted folder, or the .pickle.pbz2 file"
+    )
     parser.add_argument("table", type=Path, help="the CSV file to write; gzipped where its name ends in .gz")
     options = parser.parse_args(arguments)
     try:

@@ -79,7 +79,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert whole.exitcode == 0
     seconds = time.perf_counter() - begin
 
-    kills = run = 0
+    kills, run, finished = 0, 0, False
     while kills < KILLS or not finished:
         folder = tmp_path / f"killed-{run}"
         process = start(folder)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -48,12 +49,12 @@ def _numbers(search):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_searches(method, space, images):
     config = _config(method, space, layers=3 if space != "nb201" else 1)
-    try:
-        search = Search(config, data=images)
-    except ValueError as error:
-        assert space == "nb1shot1-s2"  # which has neither partial channels nor edges with candidates
-        assert any(word in str(error) for word in ("k=", "edge_normalization", "stages", "relaxation"))
+    if space == "nb1shot1-s2" and (config.k > 1 or config.relaxation in ("gdas", "uniform")):
+        # it has neither partial channels nor edges with candidates
+        with pytest.raises(ValueError, match="k=|relaxation="):
+            Search(config, data=images)
         return
+    search = Search(config, data=images)
     before = {name: alpha.detach().clone() for name, alpha in search.alphas.items()}
     weight = next(search.supernet.parameters()).detach().clone()
     result = search.run()
@@ -152,7 +153,7 @@ class TestStages:
     def test_alphas_rest_at_the_start_of_every_stage(self, images):
         alphas = []
         _run(self.config, images, on_epoch=lambda s, r: alphas.append(s.alphas["cell"].detach().clone()))
-        moved = [not torch.equal(a, b) for a, b in zip(alphas, alphas[1:], strict=False)]
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(alphas)]
         assert moved == [True, False, True, True]
 
     def test_momentum_goes_along_and_the_learning_rate_falls_on(self, images):
@@ -331,9 +332,7 @@ def test_accumulated_gradient_of_the_alphas(images):
 
 def test_random_search_with_weight_sharing_keeps_the_best(images):
     search = _run(_config("random-ws", "nb201", candidates=6), images)
-    from itertools import islice
-
-    candidates = list(islice(search._random_architectures(), 6))
+    candidates = list(itertools.islice(search._random_architectures(), 6))
     accuracies = [search.evaluate(genotype)[1] for genotype in candidates]
     assert search.genotype() == candidates[accuracies.index(max(accuracies))]
     assert len(set(accuracies)) > 1
@@ -379,7 +378,7 @@ def test_single_paths_run_one_candidate_an_edge(images, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relaxation": "softmax", "regularizer": "kl"}, "regularizer=kl with relaxation=softmax"),
+        ({"relaxation": "softmax", "regularizer": "kl"}, "regularizer 'kl' is of the relaxation"),
         ({"order": 3}, "order=3: expected 0, 1 or 2"),
         ({"select": "best"}, "select='best': expected one of derive"),
         ({"perturbation": "noise"}, "expected one of none"),

@@ -1,5 +1,6 @@
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 
@@ -10,7 +11,7 @@ from fastnas.tabular import nasbench201, nats_bench
 class _Api:
     """NATS-Bench's interface, as its documentation has it, with numbers that tell what was asked for."""
 
-    cells = [g.to_text() for _, g in zip(range(7), get_space("nb201").all(), strict=False)]
+    cells: ClassVar = [g.to_text() for _, g in zip(range(7), get_space("nb201").all(), strict=False)]
 
     def __len__(self):
         return len(self.cells)
