@@ -51,7 +51,7 @@ def test_every_method_searches(method, space, images):
     config = _config(method, space, layers=3 if space != "nb201" else 1)
     if space == "nb1shot1-s2" and (config.k > 1 or config.relaxation in ("gdas", "uniform")):
         # it has neither partial channels nor edges with candidates
-        with pytest.raises(ValueError, match="k=|relaxation="):
+        with pytest.raises(ValueError, match=r"k=|relaxation="):
             Search(config, data=images)
         return
     search = Search(config, data=images)
