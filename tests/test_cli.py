@@ -19,6 +19,7 @@ from fastnas.cli import main
 from fastnas.data import load
 from fastnas.genotype import Genotype, load_genotype
 from fastnas.search import SearchConfig, checkpoint
+from fastnas.spaces import get_space
 
 TINY = {"channels": 4, "layers": 3, "batch_size": 10, "lr": 0.1, "epochs": 2, "device": "cpu"}
 FILES = {
@@ -232,7 +233,7 @@ def test_a_stopped_run_resumes_exactly(long, whole, tmp_path, number):
         (["search", "--epochs=1.5"], "epochs=1.5: expected a whole number"),
         (["search", "--alpha-betas=0.5"], "alpha_betas=0.5: expected two numbers"),
         (["search", "--space=outer"], "space 'outer' is unknown: expected one of darts"),
-        (["search", "--method=magic"], "method='magic' is unknown; choose from darts"),
+        (["search", "--method=magic"], "method 'magic' is unknown: expected one of darts"),
         (["search", "--relaxation=yoga"], "relaxation 'yoga' is unknown"),
         (["search", "--data=mnist"], "choose one of digits"),
         (["search", "--device=cpu", "--cuda-graphs=true"], "cuda_graphs=True with device=cpu"),
@@ -355,12 +356,35 @@ def test_search_in_nasbench201(tiny, tmp_path, capsys):
     assert (folder / "genotype.txt").read_text() == genotype.to_text() + "\n"
     assert genotype.to_text() in capsys.readouterr().out
     assert {"cell.png", "alphas.png"} <= {p.name for p in folder.iterdir()}
-    assert main([*tiny, "--space=nb201", "--k=2", f"--out={tmp_path / 'partial'}"]) == 2
-    assert "the space 'nb201' has no partial channels, set k to 1" in capsys.readouterr().err
+
+
+def test_search_in_spaces_of_several_tables(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*tiny, "--space=nb1shot1-s1", f"--out={folder}"]) == 0
+    assert load_genotype(folder / "genotype.json").to_text() in capsys.readouterr().out
+    assert {p.name for p in folder.iterdir()} >= {"cell.png", "metrics.csv", "checkpoint.pt"}
+    assert main([*tiny, "--space=nb1shot1-s1", "--k=2", f"--out={tmp_path / 'partial'}"]) == 2
+    assert "has no partial channels, set k to 1" in capsys.readouterr().err
     assert not (tmp_path / "partial").exists()
 
 
-def test_search_refuses_spaces_of_several_tables(tiny, tmp_path, capsys):
-    assert main([*tiny, "--space=nb1shot1-s1", f"--out={tmp_path / 'run'}"]) == 2
-    assert "space='nb1shot1-s1' has alphas for more than operations" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_search_measures_against_a_table(tiny, tmp_path, capsys):
+    cells = [genotype.to_text() for genotype in get_space("nb201").all()]
+    rows = [f"{cell},{i % 97}.5,{i % 13}.25" for i, cell in enumerate(cells)]
+    (tmp_path / "cells.csv").write_text("\n".join(["arch,c10_test_e200,other", *rows]) + "\n")
+    options = ["--space=nb201", "--method=drnas", f"--table={tmp_path / 'cells.csv'}", "--samples=5", "--hessian=2"]
+    assert main([*tiny, *options, f"--out={tmp_path / 'run'}"]) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        first, last = csv.DictReader(file)
+    expected = cells.index(last["genotype"]) % 97 + 0.5
+    assert float(last["table/c10_test_e200"]) == expected
+    assert f"c10_test_e200 {expected:.2f}" in capsys.readouterr().out
+    assert "table/other" not in last  # one of the benchmark's columns is there
+    assert float(last["sampled/c10_test_e200_std"]) > 0
+    assert first["hessian/eigenvalue"] == ""
+    assert float(last["hessian/norm"]) >= abs(float(last["hessian/eigenvalue"])) > 0
+    assert main([*tiny, *options, "--columns=[none]", f"--out={tmp_path / 'wrong'}"]) == 2
+    assert "no column 'none': those there are c10_test_e200, other" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert last["genotype"] in page.replace("&lt;", "<")

@@ -732,7 +732,7 @@ class Search:
         return {
             "processor": platform.machine(),
             "instruction set": _C.build_info()["cpu_isa"],
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "fastnas": __version__,
             "device": self.device.type,
             "threads": self.config.threads or torch.get_num_threads(),

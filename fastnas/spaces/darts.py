@@ -76,7 +76,13 @@ class DartsSpace:
         k: int = 1,
         stem: Stem = "cifar",
     ) -> Supernet:
-        """Returns the over-parameterised network; its arguments are those of :class:`fastnas.nn.Supernet`."""
+        """Returns the over-parameterised network; its arguments are those of :class:`fastnas.nn.Supernet`.
+
+        Raises:
+            ValueError: where the layers leave no room for cells of both types, or an argument does not fit.
+        """
+        if layers < 3:
+            raise ValueError(f"layers={layers} must be at least 3: fewer leave no room for both cell types")
         return Supernet(
             channels,
             layers,
