@@ -195,7 +195,7 @@ register_method(
         "gdas",
         "GDAS, a path drawn by straight-through Gumbel-softmax (arXiv:1910.04465)",
         _values(relaxation="gdas", temperature=(10.0, 0.1), epochs=250),
-        _spaces(darts=_values(batch_size=256, weight_decay=5e-4, nesterov=True)),
+        _spaces(darts=_values(batch_size=256, weight_decay=5e-4, nesterov=True, alpha_first=False)),
     )
 )
 register_method(
@@ -237,7 +237,8 @@ register_method(
         "random-ws",
         "Random search with weight sharing: uniform paths, the best of random cells (arXiv:1902.07638)",
         _values(relaxation="uniform", order=0, select="evaluate"),
-        _spaces(nb201=_values(epochs=250)),
+        _spaces(darts=_values(candidates=1000), nb201=_values(epochs=250)),
+        digits=_values(candidates=20),
     )
 )
 register_method(

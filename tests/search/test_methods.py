@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def _same(a, b):
 def _numbers(search):
     rows = [dataclasses.asdict(r) for r in search.history]
     return [{k: repr(v) for k, v in r.items() if k not in ("seconds", "peak_memory")} for r in rows]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_has_its_page(method):
+    docs = Path(__file__).parents[2] / "docs"
+    assert f"methods/{method}.md" in (docs / "methods.md").read_text()
+    assert f"fastnas search --method {method}" in (docs / "methods" / f"{method}.md").read_text()
 
 
 @pytest.mark.parametrize("space", ["darts", "nb201", "nb1shot1-s2"])
