@@ -39,7 +39,7 @@ _HESSIAN = {
     "hessian/eigenvalue": "Largest eigenvalue",
     "hessian/norm": "Norm",
     "hessian/trace": "Trace",
-    "hessian/trace_term": "Term of the trace",
+    "hessian/trace_term": "½ tr(H Cov): what sampling adds",
 }
 
 
@@ -291,8 +291,8 @@ _TABLES = (
     "relaxation: their mean (dashed) and one standard deviation to either side."
 )
 _CURVATURE = (
-    "The Hessian is that of the validation loss with respect to the architecture parameters α; the network’s weights "
-    "are held fixed. Searches whose largest eigenvalue grows tend to end in architectures that generalise badly "
+    "The Hessian is that of the validation loss with respect to the weights of the mixed operations, at the mean that "
+    "α stands for; the network’s own weights are held fixed. Searches whose largest eigenvalue grows tend to end in architectures that generalise badly "
     "(arXiv:1909.09656)."
 )
 

@@ -192,7 +192,7 @@ def test_all_measures(tmp_path: Path) -> None:
     assert "Largest eigenvalue" in said
     assert "hessian/of_mine" in said
     assert "Norm," not in said  # a column, but no number
-    assert "with respect to the architecture parameters α" in page.text
+    assert "with respect to the weights of the mixed operations" in page.text
     assert page.rows("costs") == [
         ["1", "1–3", "4", "1 min 30 s", "30 s", "400 MiB"],
         ["2", "4–6", "2", "3 min 0 s", "1 min 0 s", "1.17 GiB"],
