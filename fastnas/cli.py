@@ -396,10 +396,12 @@ def _run(search: Search, folder: RunFolder) -> int:
     if result.history:
         console.print(f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}")
     console.print(result.genotype.to_text(), markup=False)
-    console.print(
-        f"in {folder.path}: genotype.json, {', '.join(p.name for p in pictures)}, alphas.png, metrics.csv, "
-        f"config.yaml; all on one page: fastnas report {shlex.quote(str(folder.path))}"
-    )
+    if not result.history:
+        for name, value in search.measures.find(result.genotype).items():
+            console.print(f"{name} {value:.2f}")
+    written = ("genotype.json", *(p.name for p in pictures), "alphas.png", "metrics.csv", "config.yaml")
+    page = f"; all on one page: fastnas report {shlex.quote(str(folder.path))}" if result.history else ""
+    console.print(f"in {folder.path}: {', '.join(n for n in written if (folder.path / n).exists())}{page}")
     return 0
 
 

@@ -292,8 +292,8 @@ _TABLES = (
 )
 _CURVATURE = (
     "The Hessian is that of the validation loss with respect to the weights of the mixed operations, at the mean that "
-    "α stands for; the network’s own weights are held fixed. Searches whose largest eigenvalue grows tend to end in architectures that generalise badly "
-    "(arXiv:1909.09656)."
+    "α stands for; the network’s own weights are held fixed. Searches whose largest eigenvalue grows tend to end in "
+    "architectures that generalise badly (arXiv:1909.09656)."
 )
 
 

@@ -159,8 +159,8 @@ class MeasureOptions:
         table: A CSV file, gzipped or not, with what the space's architectures are worth, in which the architecture so
             far is looked up.
         columns: The table's columns of interest. [] is test accuracies of NAS-Bench-201, or every column.
-        samples: Architectures that are drawn from a random relaxation and looked up in the table: their mean and their
-            spread. 0 is none.
+        samples: Architectures that are drawn and looked up in the table, for their mean and their spread: derived from
+            random weights, or an operation an edge by the weights of a relaxation that is not random. 0 is none.
         hessian: Every so many epochs, the Hessian of the loss on one batch of validation images with respect to the
             weights of the mixed operations, at the relaxation's mean: dominant eigenvalue, norm and trace. 0 is never.
     """
@@ -279,6 +279,7 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
             raise ValueError(f"cuda_graphs=True with device={self.device}: only a GPU has them; set it to False")
         fixed = {"order": self.order == 1, "stages": len(self.stages) < 2, "perturbation": self.perturbation == "none"}
         fixed |= {"relaxation": not get_relaxation(self.relaxation).single_path, "skip_dropout": not self.skip_dropout}
+        fixed |= {"temperature": self.temperature[0] == self.temperature[1]}
         fixed |= {"accumulate": self.accumulate == 1, "checkpoint_cells": not self.checkpoint_cells}
         changing = [name for name, same in fixed.items() if not same]
         if self.cuda_graphs and changing:
@@ -311,6 +312,28 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
                 f"accumulate={self.accumulate} with batch_size={self.batch_size}: batch norm wants 2 images a part"
             )
         get_regularizer(self.regularizer).check(self.relaxation)
+        relaxation = get_relaxation(self.relaxation)
+        if relaxation.single_path and self.perturbation != "none":
+            raise ValueError(
+                f"perturbation={self.perturbation} with relaxation={self.relaxation}, whose weights are 1 and 0: "
+                "set it to none"
+            )
+        if self.select == "derive" and (self.relaxation == "uniform" or not self.order):
+            given = "relaxation=uniform" if self.relaxation == "uniform" else "order=0"
+            raise ValueError(f"{given} with select=derive: the alphas learn nothing; set select to evaluate or random")
+        if self.select == "evaluate" and self.order:
+            raise ValueError(
+                f"order={self.order} with select=evaluate, which trains random architectures: set order to 0"
+            )
+        if self.select != "derive" and any(stage.ops for stage in self.schedule):
+            raise ValueError(
+                f"stages={self.stages} with select={self.select}: nothing says what to prune; set it to []"
+            )
+        if self.relaxation == "exponentiated" and self.alpha_optimizer != "sgd":
+            raise ValueError(
+                "relaxation=exponentiated wants alpha_optimizer=sgd, with alpha_weight_decay=0 and a larger alpha_lr: "
+                "method gaea has them"
+            )
 
     @property
     def schedule(self) -> tuple[Stage, ...]:

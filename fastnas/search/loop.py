@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -100,6 +100,8 @@ class SearchResult:
         finished: False where it was stopped before its last epoch.
         genotype: The architecture that the weights of the mixed operations stand for now.
         alphas: Architecture parameters, name -> (edges, primitives), on the CPU.
+        scores: What the architecture is derived from, in the same shapes: the relaxation's mean, times the weights of
+            the edges where they have any.
         weights: The mixed operations' weights at the start and after each epoch, oldest first.
         history: One record for each finished epoch.
         supernet: The trained supernet, on the search's device.
@@ -109,6 +111,7 @@ class SearchResult:
     finished: bool
     genotype: AnyGenotype
     alphas: dict[str, Tensor]
+    scores: dict[str, Tensor]
     weights: list[dict[str, Tensor]]
     history: list[EpochRecord]
     supernet: nn.Module
@@ -137,13 +140,14 @@ class Search:
             it is all.
         history: One record for each finished epoch.
         weights: The mixed operations' weights at the start and after each finished epoch, on the CPU.
+        measures: What is measured at the end of an epoch.
 
     Raises:
         ValueError: for an unknown space, relaxation or data set, an unusable device or a batch larger than the data.
         OSError: where the data cannot be read.
     """
 
-    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs", "table"})
+    FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs", "root", "table"})
     """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
     def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
@@ -171,6 +175,8 @@ class Search:
         self._augment_generator = self._generator("augment")
         self.steps_per_epoch = len(self._train_batches)
 
+        self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
+        self._check_space()
         # Modules draw their initial parameters from torch's global generator: seed it for them alone.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(config.seed, "weights"))
@@ -182,16 +188,9 @@ class Search:
             if not hasattr(self.supernet, "checkpoint_cells"):
                 raise ValueError(f"checkpoint_cells with space={config.space}: it cannot run cells again; leave it out")
             self.supernet.checkpoint_cells = True
-        self.alphas = self.space.init_alphas(self._generator("alphas"), config.alpha_scale, self.device)
-        if self.relaxation.single_path and not hasattr(self.supernet, "mixed_ops"):
-            raise ValueError(
-                f"relaxation={config.relaxation} with space={config.space}: its networks are no choice of a candidate "
-                "an edge; choose a relaxation that mixes them"
-            )
         self._edge_alphas = self._init_edge_alphas() if config.edge_normalization else {}
         self._chance = Chance(self.device, _seed(config.seed, "chance"))
         self.kept: dict[str, Tensor] = {}
-        self._check_stages()
         self._regularizer = get_regularizer(config.regularizer)
         self._weight_optimizer = self._sgd({})
         self._alpha_optimizer = self._optimizer_of_alphas()
@@ -203,30 +202,42 @@ class Search:
         self.history: list[EpochRecord] = []
         self.weights = [self._current_weights()]
         self._chosen: AnyGenotype | None = None
-        self._measures = Measures(config, self.space)
+        self.measures = Measures(config, self.space)
         # Summed loss, correct answers and images of the weight steps; summed loss and images of the alpha steps.
         self._totals = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
         self._stop = False
 
+    def _check_space(self) -> None:
+        """Checks the options that not every space has room for."""
+        c, space = self.config, self.space
+        widths = {alpha.shape[1] for alpha in self.alphas.values()}
+        if any(alpha.shape != (len(space.edges), len(space.primitives)) for alpha in self.alphas.values()):
+            wanted = {
+                "stages": (bool(c.stages), "[]"),
+                "edge_normalization": (c.edge_normalization, "false"),
+                "skip_dropout": (c.skip_dropout > 0, "0"),
+                "relaxation": (self.relaxation.single_path and c.select != "evaluate", "softmax"),
+            }
+            for name, (given, instead) in wanted.items():
+                if given:
+                    raise ValueError(
+                        f"{name}={getattr(c, name)} with space={c.space}, whose tables are not of candidates on edges: "
+                        f"set {name} to {instead}" + (", and k to 1" if c.k > 1 and name != "stages" else "")
+                    )
+        for n, stage in enumerate(c.schedule):
+            if stage.ops > max(widths) or (n == 0 and 0 < stage.ops < max(widths)):
+                raise ValueError(
+                    f"stages={c.stages}: stage {n + 1} has {stage.ops} of {max(widths)} operations; the first stage "
+                    f"has all, which 0 stands for as well, and no other has more"
+                )
+            if stage.ops == 1 and "none" in space.primitives:
+                raise ValueError(f"stages={c.stages}: one operation may be none on every edge; keep 2 or more")
+
     def _init_edge_alphas(self) -> dict[str, Tensor]:
-        edges = len(self.space.edges)
-        if any(len(alpha) != edges for alpha in self.alphas.values()):
-            raise ValueError(f"edge_normalization with space={self.config.space}: its alphas are not one row an edge")
-        shapes = dict.fromkeys(self.alphas, (1, edges))
+        shapes = {name: (1, len(self.space.edges)) for name in self.alphas}
         drawn = draw(shapes, self._generator("edge alphas"), self.config.alpha_scale, self.device)
         return {name: row.detach()[0].requires_grad_() for name, row in drawn.items()}
-
-    def _check_stages(self) -> None:
-        schedule = self.config.schedule
-        widths = {alpha.shape[1] for alpha in self.alphas.values()}
-        if len(schedule) > 1 and (len(widths) > 1 or not hasattr(self.supernet, "mixed_ops")):
-            raise ValueError(f"stages with space={self.config.space}: its candidates cannot be pruned; set it to []")
-        if 0 < schedule[0].ops < max(widths):
-            raise ValueError(
-                f"stages={self.config.stages}: the first stage starts with all {max(widths)} operations; "
-                "write that number, or 0 for all"
-            )
 
     def _sgd(self, state: Mapping[Tensor, Any]) -> torch.optim.SGD:
         """Returns the optimizer of the supernet's parameters, with the state of those that have one."""
@@ -311,6 +322,7 @@ class Search:
             finished=self.epoch == self.config.epochs,
             genotype=self.genotype(),
             alphas={name: alpha.detach().cpu().clone() for name, alpha in self.alphas.items()},
+            scores={name: scores.cpu() for name, scores in self.mean_weights().items()},
             weights=list(self.weights),
             history=list(self.history),
             supernet=self.supernet,
@@ -367,8 +379,7 @@ class Search:
             CheckpointError: where the state is of a search with other options; the search is then unchanged.
         """
         mine = self.config.to_dict()
-        # Options that are newer than the checkpoint have a default that changes nothing.
-        theirs = {**{field.name: field.default for field in fields(self.config)}, **state["config"]}
+        theirs = SearchConfig.from_dict(state["config"]).to_dict()
         differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != theirs[k]]
         if differs:
             name = differs[0]
@@ -383,6 +394,11 @@ class Search:
                     "on, but not with the same bits",
                     stacklevel=2,
                 )
+        if self.stage > state["stage"]:
+            raise CheckpointError(
+                f"the checkpoint is of stage {state['stage'] + 1}, this search is in stage {self.stage + 1} and cannot "
+                "go back: load it into a new one"
+            )
         self.stage = state["stage"]
         if self.stage:
             self._reshape({name: kept.to(self.device) for name, kept in state["kept"].items()})
@@ -412,7 +428,7 @@ class Search:
         for group in self._weight_optimizer.param_groups:
             group["lr"].fill_(self._lr())
         if self.config.skip_dropout:
-            set_skip_dropout(self.supernet, self.config.skip_dropout * math.exp(-0.2 * self.epoch))
+            set_skip_dropout(self.supernet, self._skip_dropout())
         start = time.perf_counter()
         before = self._seconds
         for indices in self._train_batches:
@@ -448,7 +464,8 @@ class Search:
         architect = second_order if self.config.order == 2 else first_order
         parts = [(images, labels)]
         if self.config.accumulate > 1:
-            parts = list(zip(images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True))
+            number = self.config.accumulate
+            parts = list(zip(images.tensor_split(number), labels.tensor_split(number), strict=True))
             rewind = self._chance.rewind()
         sums: list[Tensor] = []
         tables = list(self._bilevel.alphas.values())
@@ -473,7 +490,9 @@ class Search:
             arguments = self._arguments()
         if self.config.perturbation != "none":
             arguments["weights"] = self._perturbed(arguments, images, labels)
-        pieces = zip(images.chunk(self.config.accumulate), labels.chunk(self.config.accumulate), strict=True)
+        pieces = zip(
+            images.tensor_split(self.config.accumulate), labels.tensor_split(self.config.accumulate), strict=True
+        )
         for part, answers in pieces:
             logits = self._logits(part, arguments)
             loss = F.cross_entropy(logits, answers)
@@ -488,16 +507,22 @@ class Search:
 
     def _perturbed(self, arguments: Arguments, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Returns weights for one step of the network's parameters that are disturbed, within the epoch's radius."""
-        weights, generator = arguments["weights"], self._chance.generator
+        generator = self._chance.generator
+        weights: dict[str, Tensor] = arguments["weights"]
+        if self.kept:  # those of pruned operations stay 0
+            weights = {name: table.gather(1, self.kept[name]) for name, table in weights.items()}
         epsilon = perturbation.radius(self.epoch, self.config.epochs, *self.config.perturbation_radius)
         if self.config.perturbation == "random":
-            return perturbation.random(weights, epsilon, generator)
+            found = perturbation.random(weights, epsilon, generator)
+        else:
 
-        def loss(tables: dict[str, Tensor]) -> Tensor:
-            return F.cross_entropy(self._logits(images, {**arguments, "weights": tables}), labels)
+            def loss(tables: dict[str, Tensor]) -> Tensor:
+                whole = {name: self._scattered(name, table) for name, table in tables.items()}
+                return F.cross_entropy(self._logits(images, {**arguments, "weights": whole}), labels)
 
-        with preserved(self.supernet, training=False):
-            return perturbation.adversarial(weights, epsilon, loss, self._bilevel.parameters, generator)
+            with preserved(self.supernet, training=False):
+                found = perturbation.adversarial(weights, epsilon, loss, self._bilevel.parameters, generator)
+        return {name: self._scattered(name, table) for name, table in found.items()}
 
     def _end_epoch(self) -> EpochRecord:
         start = time.perf_counter()
@@ -519,7 +544,7 @@ class Search:
             alpha_spread=alpha_spread(self.alphas, self.kept),
             entropy=sum(torch.special.entr(row).sum().item() for row in rows) / len(rows),
             genotype=genotype.to_text(),
-            measures=self._measures(self, genotype),
+            measures=self.measures(self, genotype),
             seconds=self._seconds + time.perf_counter() - start,
             peak_memory=peak_memory(self.device),
         )
@@ -573,15 +598,34 @@ class Search:
         if genotype is not None:
             arguments = self._arguments_of(genotype)
             return self._evaluate(lambda: arguments, running=False)
-        generator = torch.Generator(self.device).manual_seed(_seed(self.config.seed, f"paths {self.epoch}"))
+        on = "cpu" if self.config.select == "evaluate" else self.device
+        generator = torch.Generator(on).manual_seed(_seed(self.config.seed, f"paths {self.epoch}"))
         return self._evaluate(lambda: self._arguments(generator), running=False)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Runs the block without dropout on skip connections, also where the supernet is in training mode."""
+        if not self.config.skip_dropout:
+            yield
+            return
+        set_skip_dropout(self.supernet, 0.0)
+        try:
+            yield
+        finally:
+            set_skip_dropout(self.supernet, self._skip_dropout())
+
+    def _skip_dropout(self) -> float:
+        return self.config.skip_dropout * math.exp(-0.2 * self.epoch)
 
     @torch.no_grad()
     def _evaluate(self, arguments: Callable[[], Arguments], *, running: bool) -> tuple[float, float]:
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        with preserved(self.supernet, training=not running):
-            for indices in torch.split(self.parts[1], self.config.batch_size):
+        batches = list(torch.split(self.parts[1], self.config.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # which has no statistics of its own
+            batches[-2:] = [torch.cat(batches[-2:])]
+        with preserved(self.supernet, training=not running), self._without_dropout(), self._chance.repeated():
+            for indices in batches:
                 pixels, labels = self._batch(indices)
                 logits = self._logits(normalize(pixels, self._mean, self._std), arguments())
                 loss += F.cross_entropy(logits, labels, reduction="sum")
@@ -604,10 +648,21 @@ class Search:
             return F.cross_entropy(self._logits(images, {"weights": tables, **extra}), labels)
 
         generator = torch.Generator().manual_seed(_seed(self.config.seed, f"hessian {self.epoch}"))
-        with self._chance.repeated():
+        with self._chance.repeated(), self._without_dropout(), self._whole_cells():
             found = curvature(self.supernet, loss, self._kept_alphas(), self.relaxation, generator=generator)
         values = {f"hessian/{name}": value for name, value in asdict(found).items()}
         return {name: value for name, value in values.items() if value is not None}
+
+    @contextmanager
+    def _whole_cells(self) -> Iterator[None]:
+        """Runs the block with cells that keep what they computed, which second derivatives need."""
+        if self.config.checkpoint_cells:
+            self.supernet.checkpoint_cells = False
+        try:
+            yield
+        finally:
+            if self.config.checkpoint_cells:
+                self.supernet.checkpoint_cells = True
 
     def _random_architectures(self) -> Iterator[AnyGenotype]:
         generator = self._generator("architectures")
@@ -642,6 +697,8 @@ class Search:
 
     def _arguments(self, generator: torch.Generator | None = None) -> Arguments:
         """Returns what the supernet is given in a forward, with a new draw of all that is random."""
+        if self.config.select == "evaluate":  # what is trained are the architectures that will be compared
+            return self._arguments_of(self.space.sample(generator))
         generator = self._chance.generator if generator is None else generator
         temperature = self._temperature()
         weights = self._tables(lambda alpha: self.relaxation(alpha, generator, temperature))
@@ -654,12 +711,38 @@ class Search:
         return self._with_edge_weights(self._tables(self.relaxation.mean))
 
     def _arguments_of(self, genotype: AnyGenotype) -> Arguments:
-        """Returns the supernet's arguments for one architecture: weights 1 and 0."""
-        weights = {name: table.to(self.device) for name, table in self.space.encode(genotype).items()}
-        arguments = self._with_edge_weights(weights)
-        if hasattr(self.supernet, "mixed_ops"):
-            arguments["path"] = _path(weights, self.space.primitives)
+        """Returns the supernet's arguments for one architecture: weights 1 and 0.
+
+        Edges that it does not have, or has ``none`` on, add nothing to a node, not even the channels that bypass the
+        candidates; the weights of the others, where edges have weights, are normalised over them.
+        """
+        weights = self.space.encode(genotype)
+        if not hasattr(self.supernet, "mixed_ops"):
+            return {"weights": {name: table.to(self.device) for name, table in weights.items()}}
+        path = _path(weights, self.space.primitives)
+        arguments: Arguments = {"weights": {name: t.to(self.device) for name, t in weights.items()}, "path": path}
+        if self._edge_alphas or self._current_stage.k > 1:
+            none = [o for o, name in enumerate(self.space.primitives) if name == "none"]
+            present = {
+                name: torch.tensor([bool(row.any()) and o not in none for row, o in zip(t, path[name], strict=True)])
+                for name, t in weights.items()
+            }
+            arguments["edge_weights"] = self._edge_weights_of(present)
         return arguments
+
+    def _edge_weights_of(self, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the weights of the edges that are present, (E,) for each cell type, and 0 for the others."""
+        masks = {name: mask.to(self.device, torch.float32) for name, mask in present.items()}
+        if not self._edge_alphas:
+            return masks
+        weights = {name: masks[name] * edges for name, edges in self._edge_weights().items()}
+        return {
+            name: torch.cat([n / n.sum().clamp(min=1e-12) for n in torch.split(edges, self._fan_in())])
+            for name, edges in weights.items()
+        }
+
+    def _fan_in(self) -> list[int]:
+        return [len(list(group)) for _, group in itertools.groupby(i for i, _ in self.space.edges)]
 
     def _with_edge_weights(self, weights: dict[str, Tensor]) -> Arguments:
         if not self._edge_alphas:
@@ -668,9 +751,8 @@ class Search:
 
     def _edge_weights(self) -> dict[str, Tensor]:
         """Returns the relaxation's mean over the edges that enter a node, (E,) for each cell type."""
-        fan_in = [len(list(group)) for _, group in itertools.groupby(i for i, _ in self.space.edges)]
         return {
-            name: torch.cat([self.relaxation.mean(node[None])[0] for node in torch.split(beta, fan_in)])
+            name: torch.cat([self.relaxation.mean(node[None])[0] for node in torch.split(beta, self._fan_in())])
             for name, beta in self._edge_alphas.items()
         }
 
