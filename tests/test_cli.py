@@ -383,6 +383,13 @@ def test_search_measures_against_a_table(tiny, tmp_path, capsys):
     assert float(last["sampled/c10_test_e200_std"]) > 0
     assert first["hessian/eigenvalue"] == ""
     assert float(last["hessian/norm"]) >= abs(float(last["hessian/eigenvalue"])) > 0
+    assert main([*tiny, "--space=darts", *options[2:], f"--out={tmp_path / 'other'}"]) == 2
+    assert "is no architecture of the space darts" in capsys.readouterr().err
+    random = ["search", "--method=random", "--data=digits", options[0], options[2], f"--out={tmp_path / 'random'}"]
+    assert main(random) == 0
+    out = capsys.readouterr().out
+    assert "c10_test_e200 " in out
+    assert "metrics.csv" not in out
     assert main([*tiny, *options, "--columns=[none]", f"--out={tmp_path / 'wrong'}"]) == 2
     assert "no column 'none': those there are c10_test_e200, other" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run")]) == 0

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastnas.data import normalize
 from fastnas.nn import MixedOp
-from fastnas.search import METHODS, Search, SearchConfig
+from fastnas.search import METHODS, CheckpointError, Search, SearchConfig
 from fastnas.search.config import Stage
 from fastnas.spaces import get_space
 
@@ -57,9 +57,9 @@ def test_every_method_has_its_page(method):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_searches(method, space, images):
     config = _config(method, space, layers=3 if space != "nb201" else 1)
-    if space == "nb1shot1-s2" and (config.k > 1 or config.relaxation in ("gdas", "uniform")):
+    if space == "nb1shot1-s2" and (config.k > 1 or config.relaxation == "gdas"):
         # it has neither partial channels nor edges with candidates
-        with pytest.raises(ValueError, match=r"k=|relaxation="):
+        with pytest.raises(ValueError, match=r"set (stages|edge_normalization|relaxation) to"):
             Search(config, data=images)
         return
     search = Search(config, data=images)
@@ -208,8 +208,30 @@ class TestStages:
             SearchConfig(method="drnas-progressive", space="nb201", epochs=7)
 
     def test_the_first_stage_has_everything(self, images):
-        with pytest.raises(ValueError, match="the first stage starts with all 5"):
-            Search(_config("drnas-progressive", "nb201", stages=[[2, 3, 1, 0]]), data=images)
+        for stages, message in [
+            ([[2, 3, 1, 0]], "stage 1 has 3 of 5"),
+            ([[2, 0, 1, 0], [1, 8, 1, 0]], "stage 2 has 8 of 5"),
+            ([[2, 0, 1, 0], [1, 1, 1, 0]], "one operation may be none"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                Search(_config("drnas-progressive", "nb201", stages=stages), data=images)
+
+    def test_perturbation_leaves_pruned_operations_out(self, images):
+        config = _config("sdarts-rs", "nb201", stages=[[2, 0, 1, 0], [1, 2, 1, 0]], perturbation_radius=(0.3, 0.3))
+        search = _run(config, images)
+        batch = torch.randn(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64)
+        for kind in ("random", "adversarial"):
+            search.config = dataclasses.replace(config, perturbation=kind)
+            weights = search._perturbed(search._arguments(), *batch)["cell"]
+            assert torch.equal((weights > 0).sum(1) <= 2, torch.ones(6, dtype=torch.bool))
+            torch.testing.assert_close(weights.gather(1, search.kept["cell"]).sum(1), torch.ones(6))
+
+    def test_a_state_of_an_earlier_stage_is_refused(self, images):
+        search = Search(self.config, data=images)
+        early = copy.deepcopy(search.state_dict())
+        search.run()
+        with pytest.raises(CheckpointError, match="of stage 1, this search is in stage 3"):
+            search.load_state_dict(early)
 
 
 def test_edges_are_chosen_by_alpha_times_beta(images):
@@ -294,7 +316,7 @@ def test_perturbed_weights_train_the_network(images, kind):
 
 def test_accumulated_gradients_are_the_mean_of_the_parts(images):
     """A step on a batch in two parts against the two parts by hand."""
-    config = _config("darts", "nb201", epochs=1, batch_size=32, clip=0.0, momentum=0.0, weight_decay=0.0, order=0)
+    config = _config("darts", "nb201", epochs=1, batch_size=32, clip=0.0, momentum=0.0, weight_decay=0.0)
     search = Search(dataclasses.replace(config, accumulate=2, nesterov=False), data=images)
     twin = Search(dataclasses.replace(config, nesterov=False), data=images)
     batches = []
@@ -315,17 +337,14 @@ def test_accumulated_gradients_are_the_mean_of_the_parts(images):
 
 def test_accumulated_gradient_of_the_alphas(images):
     config = _config("drnas", "nb201", epochs=1, batch_size=32, alpha_optimizer="sgd", alpha_lr=1.0, regularizer="none")
-    parts, whole = (Search(dataclasses.replace(config, accumulate=n), data=images) for n in (2, 1))
+    parts = Search(dataclasses.replace(config, accumulate=2), data=images)
     batches = []
     step = parts._alpha_step
     parts._alpha_step = lambda *batch: (batches.append(batch), step(*batch))
     start = parts.alphas["cell"].detach().clone()
     parts.run(on_step=lambda s: s.stop())
     moved = start - parts.alphas["cell"].detach()
-    # the same weights before the step of the weights, the same draw of the mixed operations' weights for both parts
-    whole.supernet.load_state_dict(parts.supernet.state_dict())
-    if not config.alpha_first:
-        pytest.fail("the weights would have moved before")
+    # as they were before the step of the weights, and one draw of the mixed operations' weights for both parts
     fresh = Search(config, data=images)
     fresh.supernet.train()
     weights = {"cell": fresh.relaxation(fresh.alphas["cell"], fresh._chance.generator)}
@@ -365,6 +384,51 @@ def test_an_architecture_is_evaluated_by_its_own_path(images):
     assert accuracy == correct / len(search.parts[1])
 
 
+@pytest.mark.parametrize("space", ["darts", "nb201"])
+def test_an_architecture_has_no_other_edges(space, images):
+    """With partial channels, too: what is not of the architecture, or none, adds nothing to a node."""
+    search = Search(_config("pc-darts", space), data=images)
+    genotype = search.space.sample(torch.Generator().manual_seed(1))
+    arguments = search._arguments_of(genotype)
+    for name, table in search.space.encode(genotype).items():
+        edges = arguments["edge_weights"][name]
+        chosen = [bool(row.any()) and search.space.primitives[int(row.argmax())] != "none" for row in table]
+        assert [bool(e > 0) for e in edges] == chosen
+        sums = [float(node.sum()) for node in edges.detach().split(search._fan_in())]
+        assert all(s == pytest.approx(1) or s == 0 for s in sums)
+
+
+def test_random_search_trains_architectures_of_the_space(images, monkeypatch):
+    search = Search(_config("random-ws", "darts"), data=images)
+    for _ in range(3):
+        path = search._arguments()["path"]
+        assert all(sum(o > 0 for o in choices) == 8 for choices in path.values())  # of 14 edges, the others none
+
+
+@pytest.mark.parametrize("options", [{"skip_dropout": 0.4}, {"method": "drnas"}, {"method": "gdas"}], ids=str)
+def test_measures_leave_the_search_as_it_was(images, options):
+    config = _config(options.pop("method", "darts"), "nb201", **options)
+    plain = _run(dataclasses.replace(config, discrete=False), images)
+    hessian = 0 if config.relaxation == "gdas" else 1
+    measured = _run(dataclasses.replace(config, hessian=hessian, checkpoint_cells=False), images)
+    assert _same(_bits(plain), _bits(measured))
+    genotype = measured.genotype()
+    assert measured.evaluate(genotype) == measured.evaluate(genotype)
+
+
+def test_hessian_of_cells_that_run_again(images):
+    config = _config("darts", "nb201", epochs=1, hessian=1)
+    plain, again = (_run(dataclasses.replace(config, checkpoint_cells=c), images) for c in (False, True))
+    assert again.supernet.checkpoint_cells
+    assert again.history[0].measures == plain.history[0].measures
+
+
+def test_the_result_says_what_the_architecture_was_derived_from(images):
+    search = Search(_config("pc-darts"), data=images)
+    result = search.run()
+    assert search.space.derive(result.scores) == result.genotype
+
+
 def test_single_paths_run_one_candidate_an_edge(images, monkeypatch):
     """Of a step's edges, nothing but the chosen candidate is asked for."""
     search = Search(_config("gdas", "nb201", epochs=1), data=images)
@@ -398,6 +462,13 @@ def test_single_paths_run_one_candidate_an_edge(images, monkeypatch):
         ({"skip_dropout": 1.0}, "a probability"),
         ({"cuda_graphs": True, "device": "cuda", "order": 2}, "cuda_graphs=True with order=2"),
         ({"cuda_graphs": True, "device": "cuda", "relaxation": "gdas"}, "cuda_graphs=True with relaxation='gdas'"),
+        ({"cuda_graphs": True, "device": "cuda", "method": "snas"}, "cuda_graphs=True with temperature="),
+        ({"relaxation": "uniform"}, "relaxation=uniform with select=derive"),
+        ({"order": 0}, "order=0 with select=derive"),
+        ({"select": "evaluate"}, "order=1 with select=evaluate"),
+        ({"relaxation": "gdas", "perturbation": "random"}, "whose weights are 1 and 0"),
+        ({"relaxation": "exponentiated"}, "method gaea has them"),
+        ({"method": "random", "stages": [[1, 0, 1, 0], [1, 3, 1, 0]]}, "nothing says what to prune"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
