@@ -267,8 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastnas: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except torch.OutOfMemoryError as error:
-        if traceback:
+    except RuntimeError as error:
+        # on the CPU, torch has no exception of its own for it
+        if traceback or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         return _fail(f"out of memory; a smaller batch_size or channels, or a larger k, needs less ({_line(error)})")
     except (ValueError, OSError, ArithmeticError) as error:

@@ -368,6 +368,13 @@ def test_search_in_spaces_of_several_tables(tiny, tmp_path, capsys):
     assert not (tmp_path / "partial").exists()
 
 
+def test_too_little_memory_is_one_line(capsys):
+    assert main(["score", "--space=nb201", "--channels=1000000", "--seeds=0..0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastnas: error: out of memory; a smaller batch_size or channels")
+    assert error.count("\n") == 1
+
+
 def test_search_measures_against_a_table(tiny, tmp_path, capsys):
     cells = [genotype.to_text() for genotype in get_space("nb201").all()]
     rows = [f"{cell},{i % 97}.5,{i % 13}.25" for i, cell in enumerate(cells)]
