@@ -118,7 +118,7 @@ def _default(action: argparse.Action) -> str:
     if action.dest not in annotations:
         return ""
     if action.default is not PRESET or "None" in annotations[action.dest]:
-        return "" if action.default is None else f" (default: {action.default})"
+        return "" if action.default is None else f" (default: {_show(action.default)})"
     presets = {data: get_method("darts").preset(data)[action.dest] for data in ("digits", "cifar10")}
     if presets["digits"] == presets["cifar10"]:
         return f" (preset: {_show(presets['digits'])})"

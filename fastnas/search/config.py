@@ -117,7 +117,7 @@ class AlphaOptions:
         order: Whose gradient the alphas follow: 1, the loss at the weights as they are; 2, the loss after a step of the
             weights (DARTS' second order, about 2.5 times as long); 0, none, the alphas stay as they are.
         alpha_first: Whether a step moves the alphas before the weights, as DARTS does, or after them, as NAS-Bench-201.
-        alpha_optimizer: adam or sgd.
+        alpha_optimizer: The optimizer of the alphas.
         alpha_lr: Learning rate of the alphas.
         alpha_betas: Adam's two decay rates.
         alpha_weight_decay: Weight decay of the alphas.
