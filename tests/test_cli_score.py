@@ -88,7 +88,7 @@ def test_seeds(text: str, expected: list[int]) -> None:
         (["--seeds=1,0..3"], "a seed occurs twice"),
         (["--device=cuda:99"], "torch sees"),
         (["--stem=imagenet"], "the space 'nb201' has but one"),
-        (["--space=nb301"], "space='nb301': expected one of darts, nb1shot1-s1"),
+        (["--space=nb301"], "space='nb301': expected one of darts, darts-7"),
         (["--saliency=magic"], "saliency 'magic' is unknown"),
         (["--scale=-1"], "scale=-1.0 must be positive"),
         (["--scale=large"], "scale=large: expected a number"),

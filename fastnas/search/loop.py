@@ -379,7 +379,8 @@ class Search:
             CheckpointError: where the state is of a search with other options; the search is then unchanged.
         """
         mine = self.config.to_dict()
-        theirs = SearchConfig.from_dict(state["config"]).to_dict()
+        # its own machine does not count, and may not be here
+        theirs = SearchConfig.from_dict({**state["config"], "device": "cpu", "cuda_graphs": False}).to_dict()
         differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != theirs[k]]
         if differs:
             name = differs[0]
