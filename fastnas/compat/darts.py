@@ -167,8 +167,11 @@ class Network(Supernet):
         """Returns the logits, (N, num_classes)."""
         return super().forward(input, self._weights())
 
+    def _tables(self) -> dict[str, Tensor]:
+        return {"normal": self.alphas_normal, "reduce": self.alphas_reduce}
+
     def _weights(self) -> dict[str, Tensor]:
-        return {"normal": softmax(self.alphas_normal), "reduce": softmax(self.alphas_reduce)}
+        return {name: softmax(alphas) for name, alphas in self._tables().items()}
 
     def _loss(self, input: Tensor, target: Tensor) -> Tensor:
         return self._criterion(self(input), target)

@@ -112,7 +112,7 @@ class _Candidates:
         if self.reg_type == "l2":
             return 0.0
         left = {n: a.gather(1, self.kept[n].to(a.device)) if n in self.kept else a for n, a in tables.items()}
-        return kl(left, self.reg_scale).to(next(iter(left.values())).dtype)
+        return kl(left, self.reg_scale)
 
     def prune(self, tables: Mapping[str, Tensor], num_keep: int) -> dict[str, Tensor]:
         """Keeps the ``num_keep`` largest alphas of each edge, sets the others to 0, and returns masks of the kept."""
@@ -233,9 +233,6 @@ class Network(_Network):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Returns the logits, (N, num_classes), for weights that are drawn anew, in evaluation as well."""
         return _nn.Supernet.forward(self, input, self._candidates.draw(self._tables()))
-
-    def _tables(self) -> dict[str, Tensor]:
-        return {"normal": self.alphas_normal, "reduce": self.alphas_reduce}
 
     def _weights(self) -> dict[str, Tensor]:
         return self._candidates.mean(self._tables())

@@ -242,9 +242,6 @@ class Network(_Network):
             raise ValueError(f"updateType={updateType!r}: expected 'alpha' or 'weight'")
         return self._logits(input, self._weights() if updateType == "alpha" else self._tables())
 
-    def _tables(self) -> dict[str, Tensor]:
-        return {"normal": self.alphas_normal, "reduce": self.alphas_reduce}
-
     def _logits(self, input: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         s0 = s1 = self.stem(input)
         for cell in self.cells:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import twice_differentiable
+from fastnas.nn.preserved import preserved
 from fastnas.relaxations import Relaxation, concentration, exponentiated, softmax
-from fastnas.search.architect import Copies, frozen
+from fastnas.search.architect import frozen
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 """From the weights of the mixed operations, name -> (E, O), to the loss on validation images, 0-d."""
@@ -91,7 +91,7 @@ def curvature(
             return loss({name: mean(table) for name, table in weights.items()})
 
     size = sum(leaf.numel() for leaf in leaves.values())
-    with _untouched(supernet), _Products(at, leaves) as product:
+    with preserved(supernet, training=True), frozen(supernet.parameters()), _Products(at, leaves) as product:
         if size <= exact:
             basis = torch.eye(size, dtype=torch.float64)
             images = torch.stack([product(column) for column in basis], dim=1)
@@ -210,16 +210,3 @@ class _Products:
             materialize_grads=True,
         )
         return torch.cat([p.flatten() for p in products]).to("cpu", torch.float64)
-
-
-@contextmanager
-def _untouched(supernet: nn.Module) -> Iterator[None]:
-    """Runs the block with the supernet in training mode and its parameters frozen; puts back modes and buffers."""
-    modes = [(m, m.training) for m in supernet.modules()]
-    with Copies().restored(list(supernet.buffers())), frozen(supernet.parameters()):
-        try:
-            supernet.train()
-            yield
-        finally:
-            for m, mode in modes:
-                m.training = mode

@@ -463,10 +463,8 @@ class Search:
 
     def _update_alphas(self, train_images: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor) -> None:
         architect = second_order if self.config.order == 2 else first_order
-        parts = [(images, labels)]
-        if self.config.accumulate > 1:
-            number = self.config.accumulate
-            parts = list(zip(images.tensor_split(number), labels.tensor_split(number), strict=True))
+        parts = self._parts_of(images, labels)
+        if len(parts) > 1:
             rewind = self._chance.rewind()
         sums: list[Tensor] = []
         tables = list(self._bilevel.alphas.values())
@@ -491,10 +489,7 @@ class Search:
             arguments = self._arguments()
         if self.config.perturbation != "none":
             arguments["weights"] = self._perturbed(arguments, images, labels)
-        pieces = zip(
-            images.tensor_split(self.config.accumulate), labels.tensor_split(self.config.accumulate), strict=True
-        )
-        for part, answers in pieces:
+        for part, answers in self._parts_of(images, labels):
             logits = self._logits(part, arguments)
             loss = F.cross_entropy(logits, answers)
             (loss * (len(answers) / len(labels))).backward()  # type: ignore[no-untyped-call]
@@ -505,6 +500,13 @@ class Search:
             nn.utils.clip_grad_norm_(self._bilevel.parameters, self.config.clip, foreach=True)
         self._weight_optimizer.step()
         self._totals[2].add_(len(labels))
+
+    def _parts_of(self, images: Tensor, labels: Tensor) -> list[Batch]:
+        """Returns a batch in the parts that its gradient is accumulated over."""
+        if self.config.accumulate == 1:
+            return [(images, labels)]
+        number = self.config.accumulate
+        return list(zip(images.tensor_split(number), labels.tensor_split(number), strict=True))
 
     def _perturbed(self, arguments: Arguments, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Returns weights for one step of the network's parameters that are disturbed, within the epoch's radius."""
@@ -533,7 +535,7 @@ class Search:
         valid_loss, valid_accuracy = self.evaluate()
         weights = self._current_weights()
         genotype = self.genotype()
-        rows = [row for name, table in weights.items() for row in table]
+        rows = [row for table in weights.values() for row in table]
         record = EpochRecord(
             epoch=self.epoch + 1,
             stage=self.stage + 1,
@@ -789,11 +791,11 @@ class Search:
         """
         if self.relaxation.sampler is not None:
             return self._tables(lambda alpha: self.relaxation(alpha, generator, self._temperature()))
-        noise = {
-            name: torch.rand(w.shape, generator=generator, device=w.device) for name, w in self.mean_weights().items()
-        }
-        # the largest of w / -log(u) is o with probability w_o: an exponential race
-        return {name: w / -noise[name].clamp(1e-20, 1 - 1e-7).log() for name, w in self.mean_weights().items()}
+        scores = {}
+        for name, w in self.mean_weights().items():
+            u = torch.rand(w.shape, generator=generator, device=w.device)
+            scores[name] = w / -u.clamp(1e-20, 1 - 1e-7).log()  # an exponential race: o is first with probability w_o
+        return scores
 
     def _current_weights(self) -> dict[str, Tensor]:
         with torch.no_grad():
