@@ -11,7 +11,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -131,22 +131,6 @@ class _Candidates:
         return masks
 
 
-class _Staged(Protocol):
-    _candidates: _Candidates
-
-    def _tables(self) -> dict[str, Tensor]: ...
-
-    def mixed_ops(self) -> Iterator[tuple[str, int, _nn.MixedOp]]: ...
-
-
-def _prune(model: _Staged, num_keep: int) -> dict[str, Tensor]:
-    masks = model._candidates.prune(model._tables(), num_keep)
-    kept = {name: columns.tolist() for name, columns in model._candidates.kept.items()}
-    for name, edge, op in model.mixed_ops():
-        op.keep(kept[name][edge])
-    return masks
-
-
 def _widen(ops: Iterator[_nn.MixedOp], k: int) -> None:
     replaced: list[Replaced] = []
     for op in ops:
@@ -155,9 +139,39 @@ def _widen(ops: Iterator[_nn.MixedOp], k: int) -> None:
         _WIDENED[one.new] = (one.old, one.select)
 
 
-def _show(model: _Staged) -> None:
-    for name, weights in model._candidates.mean(model._tables()).items():
-        _LOG.info("%s\n%s", name, weights.cpu())
+class _Staged:
+    """What the supernets of both spaces do alike: stages, and the regularised loss."""
+
+    k: int
+    _candidates: _Candidates
+    _criterion: Criterion
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+        def _tables(self) -> dict[str, Tensor]: ...
+
+        def mixed_ops(self) -> Iterator[tuple[str, int, _nn.MixedOp]]: ...
+
+    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+        return self._criterion(self(input), target) + self._candidates.penalty(self._tables())
+
+    def _prune(self, num_keep: int) -> dict[str, Tensor]:
+        masks = self._candidates.prune(self._tables(), num_keep)
+        kept = {name: columns.tolist() for name, columns in self._candidates.kept.items()}
+        for name, edge, op in self.mixed_ops():
+            op.keep(kept[name][edge])
+        return masks
+
+    def wider(self, k: int) -> None:
+        """Sends 1/k of the channels through the candidates from now on; see :meth:`fastnas.nn.MixedOp.wider`."""
+        _widen((op for _, _, op in self.mixed_ops()), k)
+        self.k = k
+
+    def show_arch_parameters(self) -> None:
+        """Logs the softmax of the alphas."""
+        for name, weights in self._candidates.mean(self._tables()).items():
+            _LOG.info("%s\n%s", name, weights.cpu())
 
 
 class MixedOp(_nn.MixedOp):
@@ -190,7 +204,7 @@ class Cell(_nn.Cell):
         _widen(iter(self._ops), k)  # type: ignore[arg-type]
 
 
-class Network(_Network):
+class Network(_Staged, _Network):
     """The supernet of the DARTS space together with its architecture parameters.
 
     Args:
@@ -237,26 +251,14 @@ class Network(_Network):
     def _weights(self) -> dict[str, Tensor]:
         return self._candidates.mean(self._tables())
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
-        return self._criterion(self(input), target) + self._candidates.penalty(self._tables())
-
     def pruning(self, num_keep: int) -> None:
         """Keeps the ``num_keep`` candidates of each edge with the largest alphas; the others are not computed any more.
 
         Raises:
             ValueError: where an edge has fewer left.
         """
-        masks = _prune(self, num_keep)
+        masks = self._prune(num_keep)
         self.mask_normal, self.mask_reduce = masks["normal"], masks["reduce"]
-
-    def wider(self, k: int) -> None:
-        """Sends 1/k of the channels through the candidates from now on; see :meth:`fastnas.nn.MixedOp.wider`."""
-        _widen((op for _, _, op in self.mixed_ops()), k)
-        self.k = k
-
-    def show_arch_parameters(self) -> None:
-        """Logs the softmax of the alphas."""
-        _show(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # the published pools are modules with their norm as op.1
@@ -317,7 +319,7 @@ class NAS201SearchCell_PartialChannel(NASBench201Cell):  # noqa: N801
         _widen(iter(self._ops), k)  # type: ignore[arg-type]
 
 
-class TinyNetwork(NASBench201Supernet):
+class TinyNetwork(_Staged, NASBench201Supernet):
     """The supernet of NAS-Bench-201 together with its architecture parameters.
 
     Args:
@@ -390,9 +392,6 @@ class TinyNetwork(NASBench201Supernet):
         """Returns the logits, (N, num_classes), for weights that are drawn anew, in evaluation as well."""
         return super().forward(input, self._candidates.draw(self._tables()))
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
-        return self._criterion(self(input), target) + self._candidates.penalty(self._tables())
-
     def get_weights(self) -> list[nn.Parameter]:
         """Returns the parameters that are no architecture parameters, for an optimizer."""
         return list(self.parameters())
@@ -419,16 +418,7 @@ class TinyNetwork(NASBench201Supernet):
         Raises:
             ValueError: where an edge has fewer left.
         """
-        self._mask = _prune(self, num_keep)["cell"]
-
-    def wider(self, k: int) -> None:
-        """Sends 1/k of the channels through the candidates from now on; see :meth:`fastnas.nn.MixedOp.wider`."""
-        _widen((op for _, _, op in self.mixed_ops()), k)
-        self.k = k
-
-    def show_arch_parameters(self) -> None:
-        """Logs the softmax of the alphas."""
-        _show(self)
+        self._mask = self._prune(num_keep)["cell"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # the published cells keep their edges by name, '2<-1'
