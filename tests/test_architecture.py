@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastnas"
 LAYERS = [
     {"__main__"},
     {"cli", "compat"},
+    {"commands"},
     {"search", "saliency"},
     {"report"},
     {"spaces", "tabular"},

@@ -1,0 +1,253 @@
+"""``fastnas search``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fastnas.commands._common import (
+    Again,
+    Parser,
+    UsageError,
+    console,
+    describe,
+    option_names,
+    show_value,
+    stop_on_signal,
+)
+from fastnas.data import DATASETS
+from fastnas.relaxations import RELAXATIONS
+from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
+from fastnas.search.config import (
+    ALPHA_OPTIMIZERS,
+    AMP,
+    GROUPS,
+    PERTURBATIONS,
+    PRESET,
+    SELECTIONS,
+    describe_type,
+)
+from fastnas.search.loop import peak_memory
+from fastnas.search.regularizers import REGULARIZERS
+from fastnas.search.run import RunFolder
+from fastnas.spaces import SPACES
+
+HELP = "search for an architecture"
+_MIB = 2**20
+_TYPES = SearchConfig.__dataclass_fields__
+
+
+def _default(action: argparse.Action) -> str:
+    if action.dest not in _TYPES:
+        return ""
+    if action.default is not PRESET or "None" in str(_TYPES[action.dest].type):
+        return "" if action.default is None else f" (default: {show_value(action.default)})"
+    presets = {data: get_method("darts").preset(data)[action.dest] for data in ("digits", "cifar10")}
+    if presets["digits"] == presets["cifar10"]:
+        return f" (preset: {show_value(presets['digits'])})"
+    return f" (preset: {show_value(presets['digits'])} for digits, {show_value(presets['cifar10'])} for cifar10)"
+
+
+describe(
+    "search",
+    SearchConfig,
+    {
+        "space": sorted(SPACES),
+        "method": sorted(METHODS),
+        "relaxation": sorted(RELAXATIONS),
+        "data": list(DATASETS),
+        "amp": list(AMP),
+        "perturbation": list(PERTURBATIONS),
+        "alpha_optimizer": list(ALPHA_OPTIMIZERS),
+        "regularizer": list(REGULARIZERS),
+        "select": list(SELECTIONS),
+    },
+    default=_default,
+    expected=describe_type,
+)
+
+
+def parser(defaults: dict[str, Any] | None = None) -> Parser:
+    """Returns the parser of its options."""
+    search = Parser(
+        prog="fastnas search",
+        usage="fastnas search [options]",
+        print_config=None,
+        description="Searches for an architecture, and leaves it in a run folder with its pictures, the numbers of "
+        "every epoch and a checkpoint. Without options: the DARTS space, first order, on the digits that scikit-learn "
+        "carries. Ctrl-C stops after the step under way; --resume then goes on as if nothing had happened. A preset "
+        "below is what the method chooses for the data (those of darts are shown); an option overrides it, in --config "
+        "or on the command line.",
+    )
+    run = search.add_argument_group("Run")
+    run.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="A YAML file with any of these options, such as a run's config.yaml.",
+    )
+    run.add_argument(
+        "--out", metavar="FOLDER", help="The run folder. (default: runs/<space>-<method>-<data>-seed<seed>)"
+    )
+    run.add_argument("--resume", action="store_true", help="Continue the search in the run folder, with its options.")
+    run.add_argument("--overwrite", action="store_true", help="Replace the run in the run folder.")
+    for group in GROUPS:
+        search.add_class_arguments(group)
+    if defaults:
+        search.set_defaults(defaults)
+    return search
+
+
+def run(options: Namespace, again: Again) -> int:
+    """Returns the exit status after the search."""
+    config = _config(options)
+    folder = RunFolder(options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}")
+    if options.resume and options.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if options.resume:
+        stored = folder.config()
+        config = _config(again(stored.to_dict()))
+        for name, value in stored.to_dict().items():
+            if name not in Search.FREE_ON_RESUME and config.to_dict()[name] != value:
+                raise UsageError(
+                    f"--resume continues {folder.path} with {name}={value}; leave out --{name}, "
+                    "or start another run with --out"
+                )
+    else:
+        folder.check_free(overwrite=options.overwrite)
+    search = Search(config)
+    if options.resume:
+        folder.resume(search)
+    else:
+        folder.start(config, overwrite=options.overwrite)
+    with folder:
+        return _run(search, folder)
+
+
+def _config(options: Namespace) -> SearchConfig:
+    return SearchConfig.from_dict({name: options[name] for name in option_names("search")})
+
+
+def _run(search: Search, folder: RunFolder) -> int:
+    config = search.config
+    out = console()
+    parameters = sum(p.numel() for p in search.supernet.parameters())
+    out.print(
+        f"[bold]{get_method(config.method).summary}[/]: {config.space} space, {config.data}\n"
+        f"{len(search.parts[0]):,} images train the weights, {len(search.parts[1]):,} the alphas"
+    )
+    out.print(
+        f"supernet of {config.layers} layers, {config.channels} channels, {parameters:,} parameters; {config.device}; "
+        f"seed {config.seed}\nrun folder {folder.path}"
+    )
+    if search.epoch or search.step:
+        out.print(f"resumed after epoch {search.epoch}, step {search.step}")
+    out.print(f"[dim]{_HEADINGS}[/]")
+    for record in search.history:
+        out.print(_row(record))
+
+    with _Bar(out, search) as bar, stop_on_signal(search.stop) as signals:
+
+        def on_epoch(search: Search, record: EpochRecord) -> None:
+            folder.record(search, record)
+            out.print(_row(record))
+            for line in _remarks(record):
+                out.print(line, highlight=False)
+
+        result = search.run(on_step=bar.update, on_epoch=on_epoch)
+        if not result.finished:
+            folder.save(search)
+        pictures = folder.finish(search) if result.history or result.finished else ()
+    if not result.finished:
+        out.print(
+            f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"
+            f"  fastnas search --resume --out {shlex.quote(str(folder.path))}"
+        )
+        return 128 + signals[0]
+    if result.history:
+        out.print(f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}")
+    out.print(result.genotype.to_text(), markup=False)
+    if not result.history:
+        for name, value in search.measures.find(result.genotype).items():
+            out.print(f"{name} {value:.2f}")
+    written = ("genotype.json", *(p.name for p in pictures), "alphas.png", "metrics.csv", "config.yaml")
+    page = f"; all on one page: fastnas report {shlex.quote(str(folder.path))}" if result.history else ""
+    out.print(f"in {folder.path}: {', '.join(n for n in written if (folder.path / n).exists())}{page}")
+    return 0
+
+
+_SKIPS = 0.5  # the share of skip connections above which they have taken over
+
+
+def _remarks(record: EpochRecord) -> list[str]:
+    """Returns what an epoch's measures say, in lines below its row."""
+    lines = []
+    found = {name: value for name, value in record.measures.items() if name.startswith("table/")}
+    if found:
+        lines.append("       " + "  ".join(f"{name[6:]} {value:.2f}" for name, value in found.items()))
+    if record.measures.get("discrete/skips", 0.0) > _SKIPS:
+        lines.append(
+            f"[yellow]       skip connections take over: {record.measures['discrete/skips']:.0%} of the operations[/]"
+        )
+    return lines
+
+
+_HEADINGS = "epoch      lr   train loss, acc   alpha loss   valid loss, acc   spread  seconds   MiB"
+
+
+def _row(r: EpochRecord) -> str:
+    return (
+        f"{r.epoch:5}  {r.lr:6.4f}  {r.train_loss:8.4f} {r.train_accuracy:6.1%}  {r.alpha_loss:10.4f}"
+        f"  {r.valid_loss:9.4f} {r.valid_accuracy:6.1%}  {r.alpha_spread:6.4f}  {r.seconds:7.1f}"
+        f"  {r.peak_memory / _MIB:4.0f}"
+    )
+
+
+class _Bar:
+    """A progress bar under the table; nothing at all where the output is no terminal."""
+
+    def __init__(self, console: Console, search: Search) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[memory]} MiB"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task(
+            "search", total=search.config.epochs * search.steps_per_epoch, **self._fields(search)
+        )
+        self._progress.update(self._task, completed=search.epoch * search.steps_per_epoch + search.step)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, search: Search) -> None:
+        done = search.epoch * search.steps_per_epoch + search.step
+        self._progress.update(self._task, completed=done, **self._fields(search))
+
+    @staticmethod
+    def _fields(search: Search) -> dict[str, Any]:
+        now = search.progress()
+        started = search.step > 0
+        return {
+            "epoch": f"{min(search.epoch + 1, search.config.epochs)}/{search.config.epochs}",
+            "loss": f"{now['train_loss']:.3f}" if started else "-",
+            "accuracy": f"{now['train_accuracy']:.1%}" if started else "-",
+            "memory": f"{peak_memory(search.device) / _MIB:.0f}",
+        }
