@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 DEMO ?= runs/demo
 DEMO_ARGS ?= --epochs 5
 BENCH_ARGS ?= --compile ops

@@ -18,3 +18,8 @@ def emulated():
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts what takes minutes first, so that no process is left with it when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
