@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from fastnas.nn.hooked import hooked
 from fastnas.nn.preserved import preserved
 from fastnas.saliency._registry import Batch
-
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-"""The layers whose weights published scores look at."""
 
 
 def check_images(batch: Batch, at_least: int = 1) -> int:
@@ -44,26 +38,6 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
         raise ValueError("network: its logits are NaN or infinite: check the images, scale weights or use float64")
     return logits
-
-
-@contextmanager
-def hooked(
-    network: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...], hook: Callable[..., Any]
-) -> Iterator[None]:
-    """Runs the block with a forward hook on every module of some kinds; it is removed afterwards, also after an error.
-
-    Raises:
-        ValueError: where the network has no such module.
-    """
-    handles = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, kinds)]
-    try:
-        if not handles:
-            names = ", ".join(k.__name__.lstrip("_") for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
-            raise ValueError(f"network has no module of kind {names}, which this score looks at")
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def active_units(network: nn.Module, images: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastnas.nn.preserved import preserved
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, score
-from fastnas.saliency._visit import LAYERS
+from fastnas.nn.hooked import LAYERS
 
 
 @score("grad_norm")
