@@ -64,9 +64,9 @@ def find_genotype(what: str | os.PathLike[str]) -> AnyGenotype:
 
     Args:
         what: a name in ``GENOTYPES`` (case and ``-`` for ``_`` do not matter); an architecture written out, in any
-            notation; a file that holds one; or ``FILE:NAME``, what is assigned to NAME in a file with several
-            ``Genotype(...)``, such as a ``genotypes.py`` or a search log, of which nothing is executed. A file that is
-            called like a name is found by ``./NAME``.
+            notation; a file that holds one, or a folder with ``genotype.json``; or ``FILE:NAME``, what is assigned to
+            NAME in a file with several ``Genotype(...)``, such as a ``genotypes.py`` or a search log, of which nothing
+            is executed. A file that is called like a name is found by ``./NAME``.
 
     Raises:
         OSError: where the file cannot be read.
@@ -76,23 +76,23 @@ def find_genotype(what: str | os.PathLike[str]) -> AnyGenotype:
         named = {_plain(name): known for name, known in GENOTYPES.items()}.get(_plain(what))
         if named is not None:
             return named.genotype
-        if "\n" in what or what.lstrip()[:1] in ("{", "|") or ("(" in what and not Path(what).exists()):
+        if "\n" in what or what.lstrip()[:1] in ("{", "|") or ("(" in what and not os.path.exists(what)):
             return parse_genotype(what)
     path, name = Path(what), None
     if not path.exists() and ":" in str(what):
         file, _, name = str(what).rpartition(":")
         path = Path(file)
-    if not path.exists():
-        raise ValueError(
-            f"{str(what)!r} is no file, no architecture written out and none with a name ({', '.join(GENOTYPES)})"
-        )
+    if not path.exists() and re.fullmatch(r"[\w-]+", str(what)):
+        raise ValueError(f"{what} is neither a file nor the name of an architecture: {', '.join(GENOTYPES)}")
+    if path.is_dir():
+        path /= "genotype.json"
     several = _several(path)
     if name is not None:
         if name not in several:
-            raise ValueError(f"{path}: nothing is assigned to {name!r}; there {_is(several)}")
+            raise ValueError(f"{path}: nothing is assigned to {name!r}; {_there(several)}")
         return _parse(path, several[name])
     if len(several) > 1:
-        raise ValueError(f"{path} holds several architectures: say which, as in {path}:NAME; there {_is(several)}")
+        raise ValueError(f"{path} holds several architectures: say which, as in {path}:NAME; {_there(several)}")
     return _parse(path, *several.values()) if several else load_genotype(path)
 
 
@@ -100,8 +100,8 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-def _is(several: dict[str, str]) -> str:
-    return f"{'is' if len(several) == 1 else 'are'} {', '.join(several) or 'none'}"
+def _there(several: dict[str, str]) -> str:
+    return f"there {'is' if len(several) == 1 else 'are'} {', '.join(several) or 'none'}"
 
 
 def _parse(path: Path, text: str) -> Genotype:
@@ -294,7 +294,7 @@ _add(
 _add(
     "NB201_DrNAS",
     "2006.10355",
-    "xiangning-chen/DrNAS README (its CIFAR-100 accuracy, 73.51, is the best of the benchmark's tables and this cell's)",
+    "the benchmark's tables: DrNAS prints the accuracies of this cell, the best on CIFAR-100",
     NASBench201Genotype.from_text(
         "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
     ),

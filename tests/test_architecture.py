@@ -25,7 +25,7 @@ LAYERS = [
     {"nn"},
     {"ops"},
     {"_library"},
-    {"_C"},
+    {"_C", "genotypes"},
 ]
 BASE = {"_device", "_files", "_registry"}  # import nothing of fastnas; every room may import them
 LEAVES = {"genotype", "relaxations", "data"}  # import the base alone; every other room may import them

@@ -243,7 +243,15 @@ def test_a_stopped_run_resumes_exactly(long, whole, tmp_path, number):
         (["search", "--batch-size=5000"], "batch_size=5000 is larger than the 898 training images"),
         (["search", "--config=none.yaml"], "File does not exist"),
         (["search", "--resume"], "holds no run of fastnas to resume"),
-        (["genotype", "none.json"], "none.json: No such file or directory"),
+        (["show", "none.json"], "none.json: No such file or directory"),
+        (["show", "none"], "none is neither a file nor the name of an architecture: DARTS_V1"),
+        (["show", "--draw=cells"], "--draw needs an architecture"),
+        (["count", "DARTS_V2", "--layers=x"], "layers=x: expected a whole number"),
+        (["count", "DARTS_V2", "--stem=vgg"], "stem='vgg': expected cifar or imagenet"),
+        (["count", "DARTS_V2", "--image-size=0"], "image_size=0 must be at least 1"),
+        (["count", "DARTS_V2", "--image-size=30"], "both must be even"),
+        (["count", "NB201_skip", "--imagenet"], "imagenet: only the DARTS space has such a network"),
+        (["count", "NB201_skip", "--stem=cifar"], "stem=cifar: only networks of the DARTS space"),
     ],
 )
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -314,37 +322,37 @@ def test_version_and_info(capsys):
         assert fact in out
 
 
-def test_genotype_command(run, tmp_path, capsys):
-    assert main(["genotype", str(run / "genotype.json"), "--to=text"]) == 0
+def test_show(run, tmp_path, capsys):
+    assert main(["show", str(run / "genotype.json"), "--to=text"]) == 0
     text = capsys.readouterr().out
     assert text == (run / "genotype.txt").read_text()
     (tmp_path / "g.txt").write_text(text)
-    assert main(["genotype", str(tmp_path / "g.txt"), "--to=json", "--draw", str(tmp_path / "pictures")]) == 0
+    assert main(["show", str(tmp_path / "g.txt"), "--to=json", "--draw", str(tmp_path / "pictures")]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((run / "genotype.json").read_text())
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"cell_normal.png", "cell_reduce.png"}
     (tmp_path / "g.txt").write_text("print('no')")
-    assert main(["genotype", str(tmp_path / "g.txt")]) == 2
+    assert main(["show", str(tmp_path / "g.txt")]) == 2
     assert "g.txt" in capsys.readouterr().err
 
 
 CELL = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
 
 
-def test_genotype_command_for_nasbench201(tmp_path, capsys):
+def test_show_for_nasbench201(tmp_path, capsys):
     (tmp_path / "cell.txt").write_text(CELL)
-    assert main(["genotype", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path / "pictures")]) == 0
+    assert main(["show", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path / "pictures")]) == 0
     text = capsys.readouterr().out
     assert json.loads(text) == {"ops": re.findall(r"\|(\w+)~", CELL)}
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["cell.png"]
     (tmp_path / "cell.json").write_text(text)
-    assert main(["genotype", str(tmp_path / "cell.json")]) == 0
+    assert main(["show", str(tmp_path / "cell.json")]) == 0
     assert capsys.readouterr().out == CELL + "\n"
 
 
-def test_genotype_command_for_nasbench1shot1(tmp_path, capsys):
+def test_show_for_nasbench1shot1(tmp_path, capsys):
     text = "conv3x3-bn-relu(0)+maxpool3x3(0,1)+output(0,2)"
     (tmp_path / "cell.txt").write_text(text)
-    assert main(["genotype", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path)]) == 0
+    assert main(["show", str(tmp_path / "cell.txt"), "--to=json", "--draw", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["inputs"] == [[0], [0, 1], [0, 2]]
     assert (tmp_path / "cell.png").stat().st_size > 1000
 

@@ -1,13 +1,14 @@
 """The commands of ``fastnas``, one a file: its parser, and what it does."""
 
-from . import genotype, info, rank, report, score, search
+from . import count, info, rank, report, score, search, show
 
 COMMANDS = {
     "search": search,
     "rank": rank,
     "score": score,
     "report": report,
-    "genotype": genotype,
+    "show": show,
+    "count": count,
     "info": info,
 }
 """In the order in which they are shown."""

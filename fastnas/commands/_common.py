@@ -32,8 +32,8 @@ class _Described:
     expected: Callable[[str], str | None]
 
 
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-_METAVARS = {"int": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
+_WORDS = {"int": "a whole number", "int | None": "a whole number", "float": "a number", "bool": "true or false"}
+_METAVARS = {"int": "N", "int | None": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
 _METAVARS |= {"list[str]": "[NAME,...]", "list[list[int]]": "[[K,OPS,EPOCHS,WARMUP],...]"}
 _DESCRIBED: dict[str, _Described] = {}
 

@@ -44,8 +44,7 @@ class Complexity:
 def count(model: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Complexity:
     """Returns the size of a model, from one forward in eval mode.
 
-    Layers that are called several times count several times, those that are not called count as parameters only. A
-    model on the device ``meta`` is counted without computing anything.
+    Layers that are called several times count several times, those that are not called count as parameters only.
 
     Args:
         model: what is counted; left as it was.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastnas.nn.hooked import LAYERS
 from fastnas.nn.preserved import preserved
 from fastnas.saliency._loss import cross_entropy
 from fastnas.saliency._registry import Batch, score
-from fastnas.nn.hooked import LAYERS
 
 
 @score("grad_norm")

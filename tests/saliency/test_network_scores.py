@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnas.nn import Supernet
+from fastnas.nn.counting import count
 from fastnas.saliency import SCORES, Batch, get_score
-from fastnas.saliency.complexity import Complexity, count
 from fastnas.saliency.ntk import tangent_kernel
 from fastnas.spaces import get_space
 
@@ -157,42 +156,11 @@ def test_a_singular_ntk(small: Small, batch: Batch) -> None:
     assert get_score("ntk")(small, Batch(images, batch.labels)) == -math.inf
 
 
-def test_complexity(small: Small, batch: Batch) -> None:
-    parameters = 4 * 2 * 9 + 2 * 4 + (6 * 2 * 9 + 6) + (3 * 6 + 3)
-    multiply_adds = 36 * 4 * 2 * 9 + 9 * 6 * 2 * 9 + 3 * 6
-    assert count(small, (2, 6, 6)) == Complexity(parameters, multiply_adds)
-    close(get_score("params")(small, batch), float(parameters))
-    close(get_score("flops")(small, batch), float(multiply_adds))
-
-
-def test_transposed_convolutions_count_from_their_input() -> None:
-    network = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Conv2d(6, 1, 1, bias=False))
-    # 25 input pixels x 4 channels, each to 3 of the 6 output channels through 9 weights; 11 x 11 pixels behind it
-    assert count(network, (4, 5, 5)) == Complexity(4 * 3 * 9 + 6 + 6, 25 * 4 * 3 * 9 + 121 * 6)
-
-
-def test_count_sees_the_candidates_of_a_supernet() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.supernet = Supernet(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            weights = torch.ones(14, 8)
-            return self.supernet(x, {"normal": weights, "reduce": weights})
-
-    net = Fixed()
-    seen = []
-    handles = [
-        m.register_forward_hook(lambda m, x, y: seen.append(y[0, 0].numel() * m.weight.numel()))
-        for m in net.modules()
-        if isinstance(m, nn.Conv2d)
-    ]
-    with torch.no_grad():
-        net(torch.zeros(1, 3, 8, 8))
-    for handle in handles:
-        handle.remove()
-    assert count(net, (3, 8, 8)).multiply_adds == sum(seen) + net.supernet.classifier.weight.numel()
+def test_sizes_as_scores(small: Small, batch: Batch) -> None:
+    size = count(small, (2, 6, 6))
+    assert size.parameters == 4 * 2 * 9 + 2 * 4 + (6 * 2 * 9 + 6) + (3 * 6 + 3)
+    close(get_score("params")(small, batch), float(size.parameters))
+    close(get_score("flops")(small, batch), float(size.multiply_adds))
 
 
 # A network is given back as it came
@@ -327,5 +295,5 @@ def test_networks_that_have_nothing_to_score(batch: Batch) -> None:
             get_score(name)(network, batch)
     with pytest.raises(ValueError, match=r"must return logits \(N, classes\), got \(5, 2, 6, 6\)"):
         get_score("naswot")(nn.ReLU(), batch)
-    with pytest.raises(ValueError, match=r"input_shape=\(3, 8\)"):
+    with pytest.raises(ValueError, match=r"image_shape=\(3, 8\)"):
         count(network, (3, 8))
