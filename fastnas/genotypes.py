@@ -289,7 +289,7 @@ _add(
     "2001.00326",
     "D-X-Y/AutoDL-Projects lib/models/cell_searchs/genotypes.py (as resnet)",
     NASBench201Genotype.from_text("|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|skip_connect~2|"),
-    Published(error="6.03"),
+    Published(error="6.09"),
 )
 _add(
     "NB201_DrNAS",
