@@ -19,6 +19,7 @@ LAYERS = [
     {"cli", "compat"},
     {"commands"},
     {"search", "saliency"},
+    {"inference"},
     {"report"},
     {"spaces", "tabular"},
     {""},
