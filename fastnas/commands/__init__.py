@@ -1,6 +1,6 @@
 """The commands of ``fastnas``, one a file: its parser, and what it does."""
 
-from . import count, info, rank, report, score, search, show
+from . import count, export, info, predict, rank, report, score, search, show
 
 COMMANDS = {
     "search": search,
@@ -9,6 +9,8 @@ COMMANDS = {
     "report": report,
     "show": show,
     "count": count,
+    "predict": predict,
+    "export": export,
     "info": info,
 }
 """In the order in which they are shown."""

@@ -174,18 +174,24 @@ def save_model(
     write_atomic(path, lambda file: torch.save(content, file))
 
 
+def model_path(path: str | os.PathLike[str]) -> Path:
+    """Returns the path itself, or of a folder the ``model.pt`` in it."""
+    path = Path(path)
+    return path / "model.pt" if path.is_dir() else path
+
+
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TrainedModel:
     """Returns the model in a file that :func:`save_model` wrote. Nothing in the file is executed.
 
     Args:
-        path: of the file.
+        path: of the file, or of a folder with a ``model.pt``.
         device: where the network goes.
 
     Raises:
         OSError: where the file cannot be read.
         ValueError: where it is damaged, foreign, newer than this fastnas, or does not fit together.
     """
-    path = Path(path)
+    path = model_path(path)
     file = io.BytesIO(path.read_bytes())
     try:
         if not zipfile.is_zipfile(file):

@@ -22,12 +22,18 @@ def special(m: nn.Module) -> bool:
     return any(hooks_of(m)) or "forward" in m.__dict__
 
 
-def foldable(norm: nn.Module, training: bool) -> bool:
-    """Tells whether it is a plain batch norm without parameters that takes the statistics a fused op will give it."""
+def foldable(norm: nn.Module, training: bool, affine: bool = False) -> bool:
+    """Tells whether it is a plain batch norm without parameters that takes the statistics a fused op will give it.
+
+    Args:
+        norm: any module.
+        training: whether the op takes the batch's statistics.
+        affine: ask for one that has parameters instead.
+    """
     return (
         type(norm) is nn.BatchNorm2d
-        and norm.weight is None
-        and norm.bias is None
+        and (norm.weight is not None) == affine
+        and (norm.bias is not None) == affine
         and norm.training == training
         and (training or norm.running_mean is not None)
     )
@@ -81,6 +87,29 @@ def given_statistics(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
     means = [n.running_mean for n in norms if n.running_mean is not None]
     variances = [n.running_var for n in norms if n.running_var is not None]
     return torch.stack(means), torch.stack(variances)
+
+
+def folded_statistics(norms: Sequence[nn.BatchNorm2d], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (m, s), one row a norm, such that an affine norm with running statistics gives ``(z - m) * s``.
+
+    ``s = weight / sqrt(variance + eps)`` and ``m = mean - bias / s``.
+
+    Args:
+        norms: affine ones that keep statistics.
+        like: their dtype and device.
+    """
+    if not norms:
+        return like.new_empty(0, like.shape[1]), like.new_empty(0, like.shape[1])
+    mean, variance = given_statistics(norms)
+    weight, bias = torch.stack([n.weight for n in norms]), torch.stack([n.bias for n in norms])
+    eps = torch.tensor([[n.eps] for n in norms], dtype=variance.dtype, device=variance.device)
+    scale = weight * torch.rsqrt(variance + eps)
+    # a weight of 0 leaves the bias alone, which so small a scale gives as well
+    scale = torch.where(scale.abs() < _TINY, _TINY, scale)
+    return (mean - bias / scale).to(like.dtype), scale.to(like.dtype)
+
+
+_TINY = 1e-20
 
 
 def normalise(norm: nn.Module, z: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastnas.genotype import Genotype
 from fastnas.nn._common import check_sizes
+from fastnas.nn.folded_cell import FoldedCell
 from fastnas.nn.operations import OPS, FactorizedReduce, Identity, ReLUConvBN
 from fastnas.nn.stems import Stem, check_stem, cifar_stem, imagenet_stems
 
@@ -25,6 +26,8 @@ class DerivedCell(nn.Module):
         reduction_prev: the previous cell was a reduction, so that its predecessor's output is twice as large.
     """
 
+    _folded: FoldedCell | None = None  # of cells that were pickled whole before there was one
+
     def __init__(
         self, genotype: Genotype, C_prev_prev: int, C_prev: int, C: int, reduction: bool, reduction_prev: bool
     ) -> None:
@@ -39,7 +42,10 @@ class DerivedCell(nn.Module):
         edges = genotype.reduce if reduction else genotype.normal
         self._concat = tuple(genotype.reduce_concat if reduction else genotype.normal_concat)
         self._inputs = tuple(j for _, j in edges)
-        self._ops = nn.ModuleList(OPS[op](C, 2 if reduction and j < 2 else 1, True) for op, j in edges)
+        strides = [2 if reduction and j < 2 else 1 for _, j in edges]
+        self._ops = nn.ModuleList(OPS[op](C, s, True) for (op, _), s in zip(edges, strides, strict=True))
+        wiring = [(j, 2 + i // 2, s) for i, ((_, j), s) in enumerate(zip(edges, strides, strict=True))]
+        self._folded = FoldedCell(wiring, 2, self._concat)
 
     @property
     def multiplier(self) -> int:
@@ -55,6 +61,10 @@ class DerivedCell(nn.Module):
             drop_path: in training, the probability with which an image loses an edge that is not the identity.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
+        if self._folded is not None and not self.training:
+            folded = self._folded.run(self._ops, states)  # type: ignore[arg-type]
+            if folded is not None:
+                return folded
         ends: list[Tensor] = []
         for op, j in zip(self._ops, self._inputs, strict=True):
             y = op(states[j])

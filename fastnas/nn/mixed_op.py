@@ -202,7 +202,7 @@ def _channels(ops: nn.ModuleList) -> int:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """How one candidate enters the fused op."""
 
     candidate: Candidate
@@ -224,7 +224,7 @@ class Plan:
         self.stride = owner.stride
         self.choice = choice
         self.entries = [
-            _describe(op, owner.stride, owner.training) if choice in (None, o) else _Entry(Candidate("none"))
+            describe(op, owner.stride, owner.training) if choice in (None, o) else Entry(Candidate("none"))
             for o, op in enumerate(owner._ops)
         ]
         self.candidates = tuple(e.candidate for e in self.entries)
@@ -235,7 +235,7 @@ class Plan:
         self.eps = [n.eps for n in self.norms]
         self.ops = self._read(owner)
         self.inside = [] if torch.compiler.is_compiling() else list(self.ops.modules())
-        self.facts = [_facts(m) for m in self.inside]
+        self.facts = [facts(m) for m in self.inside]
         self.hooks = [hooks for m in self.inside for hooks in hooks_of(m)]
         self.hooked = [bool(hooks) for hooks in self.hooks]
 
@@ -245,7 +245,7 @@ class Plan:
             self._read(owner) is self.ops
             and owner.training == self.training
             and list(map(bool, self.hooks)) == self.hooked
-            and list(map(_facts, self.inside)) == self.facts
+            and list(map(facts, self.inside)) == self.facts
         )
 
     def _read(self, owner: MixedOp) -> nn.Module:
@@ -304,8 +304,8 @@ _NORM_FACTS = operator.itemgetter("training", "eps", "num_features", "track_runn
 _CONV_FACTS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def _facts(m: nn.Module) -> tuple[object, ...]:
-    """What :func:`_describe` reads of a module, hooks aside: a plan holds while none of it changes."""
+def facts(m: nn.Module) -> tuple[object, ...]:
+    """What :func:`describe` reads of a module, hooks aside: a plan holds while none of it changes."""
     d = m.__dict__  # read on every forward, so not through nn.Module's attributes
     if type(m) is nn.BatchNorm2d:
         missing = [_missing(m, name) for name in ("running_mean", "weight", "bias")]
@@ -326,20 +326,27 @@ def _missing(m: nn.Module, name: str) -> bool:
     return getattr(m, name) is None
 
 
-def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
-    """Finds what of ``op`` the fused op can take over; anything unusual makes it a map that is simply called."""
-    whole = _Entry(Candidate("map"), head=op)
+def describe(op: nn.Module, stride: int, training: bool, affine: bool = False) -> Entry:
+    """Finds what of ``op`` the fused op can take over; anything unusual makes it a map that is simply called.
+
+    Args:
+        op: a candidate.
+        stride: of the edge.
+        training: whether batch norms take the batch's statistics.
+        affine: whether they must have parameters, or must not.
+    """
+    whole = Entry(Candidate("map"), head=op)
     if any(map(special, op.modules())):
         return whole
     if type(op) is Zero and op.stride == stride:
-        return _Entry(Candidate("none"))
+        return Entry(Candidate("none"))
     if type(op) in (SkipDropout, ReduceDropout) and op.training:
-        return _Entry(Candidate("map"), head=op, known=(type(op) is ReduceDropout) == (stride == 2))
+        return Entry(Candidate("map"), head=op, known=(type(op) is ReduceDropout) == (stride == 2))
     if type(op) in (Identity, nn.Identity, SkipDropout):
-        return _Entry(Candidate("skip")) if stride == 1 else whole
+        return Entry(Candidate("skip")) if stride == 1 else whole
     if isinstance(op, FactorizedReduce):
-        if type(op) in (FactorizedReduce, ReduceDropout) and foldable(op.bn, training):
-            return _Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce, known=True)
+        if type(op) in (FactorizedReduce, ReduceDropout) and foldable(op.bn, training, affine):
+            return Entry(Candidate("map", norm=True), (op.bn,), head=op.reduce, known=True)
         return whole
     layers = _layers(op)
     if layers is None:
@@ -347,16 +354,16 @@ def _describe(op: nn.Module, stride: int, training: bool) -> _Entry:
     pool = _pool(layers[0], stride)
     if pool is not None:
         if len(layers) == 1:
-            return _Entry(Candidate(pool))
+            return Entry(Candidate(pool))
         norm = layers[1]
-        if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and foldable(norm, training):
-            return _Entry(Candidate(pool, norm=True), (norm,))
-    convolutional = _separable(layers, stride, training) or _dense(layers, stride, training)
+        if len(layers) == 2 and isinstance(norm, nn.BatchNorm2d) and foldable(norm, training, affine):
+            return Entry(Candidate(pool, norm=True), (norm,))
+    convolutional = _separable(layers, stride, training, affine) or _dense(layers, stride, training, affine)
     if convolutional is not None:
         return convolutional
     last = layers[-1]
-    if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and foldable(last, training):
-        return _Entry(Candidate("map", norm=True), (last,), head=nn.Sequential(*layers[:-1]))
+    if len(layers) > 1 and isinstance(last, nn.BatchNorm2d) and foldable(last, training, affine):
+        return Entry(Candidate("map", norm=True), (last,), head=nn.Sequential(*layers[:-1]))
     return whole
 
 
@@ -387,7 +394,7 @@ def _pool(m: nn.Module, stride: int) -> Literal["max_pool", "avg_pool"] | None:
     return None
 
 
-def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry | None:
+def _separable(layers: list[nn.Module], stride: int, training: bool, affine: bool) -> Entry | None:
     """One or more times ReLU, depthwise, pointwise, batch norm, all of one kernel size and width."""
     if len(layers) % 4:
         return None
@@ -397,7 +404,7 @@ def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry |
         act, dw, pw, norm = layers[i : i + 4]
         if type(act) is not nn.ReLU or type(dw) is not nn.Conv2d or type(pw) is not nn.Conv2d:
             return None
-        if not isinstance(norm, nn.BatchNorm2d) or not foldable(norm, training):
+        if not isinstance(norm, nn.BatchNorm2d) or not foldable(norm, training, affine):
             return None
         channels, kernel, dilation = dw.in_channels, dw.kernel_size[0], dw.dilation[0]
         expected_stride = stride if i == 0 else 1
@@ -417,10 +424,10 @@ def _separable(layers: list[nn.Module], stride: int, training: bool) -> _Entry |
         norms.append(norm)
     kernel, dilation = convs[0].kernel_size[0], convs[0].dilation[0]
     candidate = Candidate("separable", kernel=kernel, dilation=dilation, stages=len(norms))
-    return _Entry(candidate, tuple(norms), tuple(convs))
+    return Entry(candidate, tuple(norms), tuple(convs))
 
 
-def _dense(layers: list[nn.Module], stride: int, training: bool) -> _Entry | None:
+def _dense(layers: list[nn.Module], stride: int, training: bool, affine: bool) -> Entry | None:
     """ReLU, dense convolution that keeps the channels, batch norm."""
     if len(layers) != 3:
         return None
@@ -429,7 +436,7 @@ def _dense(layers: list[nn.Module], stride: int, training: bool) -> _Entry | Non
         return None
     kernel = conv.kernel_size[0]
     if (
-        not foldable(norm, training)
+        not foldable(norm, training, affine)
         or (kernel, 1) not in CONV
         or (conv.kernel_size, conv.stride, conv.dilation) != ((kernel, kernel), (stride, stride), (1, 1))
         or conv.padding != ((kernel - 1) // 2,) * 2
@@ -437,4 +444,4 @@ def _dense(layers: list[nn.Module], stride: int, training: bool) -> _Entry | Non
         or (conv.groups, conv.padding_mode, conv.bias) != (1, "zeros", None)
     ):
         return None
-    return _Entry(Candidate("conv", kernel=kernel, stages=1), (norm,), (conv,))
+    return Entry(Candidate("conv", kernel=kernel, stages=1), (norm,), (conv,))

@@ -203,6 +203,40 @@ def mixed_cell(
     return MixedOpResult(y, None, None) if statistics is not None else MixedOpResult(y, mean, variance)
 
 
+def evaluate_cell(
+    inputs: Sequence[Tensor],
+    edges: Sequence[CellEdge],
+    params: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    concat: int,
+    statistics: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Returns what :func:`mixed_cell` does natively with every weight 1, without its checks and without a graph.
+
+    Args:
+        inputs: as those of :func:`mixed_cell`, as the next four.
+        edges: of one candidate each.
+        params: likewise.
+        maps: likewise.
+        concat: likewise.
+        statistics: (m, s), each (norms, C), of what the inputs are computed in: batch norms give ``(z - m) * s``.
+    """
+    ops = _library.namespace(None, inputs[0])
+    assert ops is not None
+    mean, scale = statistics
+    y: Tensor = ops.mixed_cell(
+        [i.contiguous(memory_format=torch.channels_last) for i in inputs],
+        torch.ones((len(edges), 1), dtype=mean.dtype, device=mean.device),
+        None,
+        [p.contiguous() for p in params],
+        [m.contiguous(memory_format=torch.channels_last) for m in maps],
+        [v for e in edges for o in e.candidates for v in o.row],
+        [v for e in edges for v in e[:4]],
+        *(concat, 1, [1.0] * len(mean), mean, scale),
+    )[0]
+    return y
+
+
 def fits(edges: Sequence[CellEdge], k: int = 1) -> bool:
     """Tells whether the native ops can take what leaves each state, and with k > 1 what leads to each node."""
     nodes = [e.node for e in edges]

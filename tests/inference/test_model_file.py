@@ -39,9 +39,13 @@ def trained(genotype: AnyGenotype, network: dict[str, object], seed: int = 0, **
 
 
 def write(path: Path, model: nn.Module, genotype: AnyGenotype, network: dict[str, object], **changes: object) -> None:
-    given = dict(
-        classes=["cat", "dog", "owl"], mean=(0.5, 0.25), std=(0.2, 0.1), image_size=16, metrics={"test_accuracy": 0.75}
-    )
+    given = {
+        "classes": ["cat", "dog", "owl"],
+        "mean": (0.5, 0.25),
+        "std": (0.2, 0.1),
+        "image_size": 16,
+        "metrics": {"test_accuracy": 0.75},
+    }
     save_model(path, model, genotype=genotype, network=network, **{**given, **changes})
 
 
@@ -168,7 +172,7 @@ def test_what_is_no_model(tmp_path: Path, kind: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.pt"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_model(tmp_path / "none.pt")
 
 
