@@ -242,7 +242,7 @@ def test_a_stopped_run_resumes_exactly(long, whole, tmp_path, number):
         (["search", "--data=cifar10", "--root=/no/such/folder"], "root='/no/such/folder' does not exist"),
         (["search", "--batch-size=5000"], "batch_size=5000 is larger than the 898 training images"),
         (["search", "--config=none.yaml"], "File does not exist"),
-        (["search", "--resume"], "holds no run of fastnas to resume"),
+        (["search", "--resume"], "holds no run of fastnas search to resume"),
         (["show", "none.json"], "none.json: No such file or directory"),
         (["show", "none"], "none is neither a file nor the name of an architecture: DARTS_V1"),
         (["show", "--draw=cells"], "--draw needs an architecture"),

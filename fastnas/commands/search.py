@@ -22,17 +22,16 @@ from fastnas.commands._common import (
 )
 from fastnas.data import DATASETS
 from fastnas.relaxations import RELAXATIONS
+from fastnas.runs.machine import AMP, peak_memory
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
 from fastnas.search.config import (
     ALPHA_OPTIMIZERS,
-    AMP,
     GROUPS,
     PERTURBATIONS,
     PRESET,
     SELECTIONS,
     describe_type,
 )
-from fastnas.search.loop import peak_memory
 from fastnas.search.regularizers import REGULARIZERS
 from fastnas.search.run import RunFolder
 from fastnas.spaces import SPACES

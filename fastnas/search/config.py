@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastnas.relaxations import get_relaxation
+from fastnas.runs import options
+from fastnas.runs.machine import AMP
+from fastnas.runs.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, WHOLE, one_of, two
 from fastnas.search.methods import get_method
 from fastnas.search.regularizers import REGULARIZERS, get_regularizer
 
@@ -194,9 +197,6 @@ class MachineOptions:
     cuda_graphs: bool = False
 
 
-AMP: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
-"""What ``amp`` may be, and the dtype of autocast; None is no autocast."""
-
 GROUPS = (SpaceOptions, DataOptions, WeightOptions, AlphaOptions, MeasureOptions, MachineOptions)
 """The option groups in the order in which they are shown."""
 
@@ -249,17 +249,7 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
                 object.__setattr__(self, name, default)
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
-        for field in fields(self):
-            value: Any = getattr(self, field.name)
-            # YAML has no tuples, and a preset none of the lists that YAML has.
-            if isinstance(value, (list, tuple)):
-                value = _plain(value) if str(field.type).startswith("list") else tuple(value)
-                object.__setattr__(self, field.name, value)
-            _check_type(field.name, str(field.type), value)
-        for name, (accepts, meaning) in _RANGES.items():
-            value = getattr(self, name)
-            if not accepts(value):
-                raise ValueError(f"{name}={value!r}: expected {meaning}")
+        options.check(self, _RANGES)
         if self.stages:
             first = self.schedule[0]
             implied = {
@@ -344,54 +334,22 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as plain values that YAML and JSON can hold; :meth:`from_dict` reads them back."""
-        return {k: _plain(v) if isinstance(v, (list, tuple)) else v for k, v in asdict(self).items()}
+        return options.to_dict(self)
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> SearchConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> SearchConfig:
         """Returns the configuration with these options.
 
         Raises:
             ValueError: for an unknown option or a value that makes no sense.
             TypeError: for a value of the wrong type.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"unknown option {unknown[0]!r}; `fastnas search --help` lists the options")
-        return cls(**options)
-
-
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "str": ((str,), "text"),
-    "str | None": ((str, type(None)), "text"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "tuple[float, float]": ((tuple,), "two numbers"),
-    "list[str]": ((list,), "a list of names"),
-    "list[list[int]]": (
-        (list,),
-        "a list of stages [k, operations, epochs, warm-up], such as [[4,5,50,10],[2,3,50,10]]",
-    ),
-}
+        return options.from_dict(cls, values, "search")
 
 
 def describe_type(option: str) -> str:
     """Returns what values ``option`` takes, in words: "a number"."""
-    return next(_TYPES[str(field.type)][1] for field in fields(SearchConfig) if field.name == option)
-
-
-def _check_type(name: str, annotation: str, value: object) -> None:
-    types, meaning = _TYPES[annotation]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"{name}={value!r}: expected {meaning}")
-
-
-def _plain(values: Iterable[Any]) -> list[Any]:
-    return [_plain(v) if isinstance(v, (list, tuple)) else v for v in values]
-
-
-def _two(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda pair: len(pair) == 2 and all(type(v) in (int, float) and accepts(v) for v in pair)
+    return options.describe_type(SearchConfig, option)
 
 
 def _stages(value: Any) -> bool:
@@ -407,49 +365,40 @@ def _stages(value: Any) -> bool:
     )
 
 
-def _one_of(names: Collection[str]) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: v in names, f"one of {', '.join(names)}")
-
-
-_POSITIVE_INT = (lambda v: v >= 1, "a whole number of at least 1")
-_WHOLE = (lambda v: v >= 0, "a whole number of at least 0")
-_POSITIVE = (lambda v: 0 < v < math.inf, "a number above 0")
-_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "a number of at least 0")
-
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "k": _POSITIVE_INT,
-    "channels": _POSITIVE_INT,
-    "layers": _POSITIVE_INT,
-    "stages": (_stages, _TYPES["list[list[int]]"][1]),
+_RANGES: dict[str, options.Range] = {
+    "k": POSITIVE_INT,
+    "channels": POSITIVE_INT,
+    "layers": POSITIVE_INT,
+    "stages": (_stages, options.STAGES_MEANING),
     "train_portion": (lambda v: 0 < v < 1, "a part between 0 and 1, such as 0.5"),
-    "batch_size": _POSITIVE_INT,
-    "pad": _WHOLE,
-    "cutout": _WHOLE,
-    "epochs": _WHOLE,
-    "lr": _POSITIVE,
-    "lr_min": _NOT_NEGATIVE,
-    "momentum": (lambda v: 0 <= v < 1, "a number of at least 0 and below 1"),
-    "weight_decay": _NOT_NEGATIVE,
-    "clip": _NOT_NEGATIVE,
+    "batch_size": POSITIVE_INT,
+    "pad": WHOLE,
+    "cutout": WHOLE,
+    "epochs": WHOLE,
+    "lr": POSITIVE,
+    "lr_min": NOT_NEGATIVE,
+    "momentum": BELOW_ONE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip": NOT_NEGATIVE,
     "skip_dropout": (lambda v: 0 <= v < 1, "a probability of at least 0 and below 1"),
-    "perturbation": _one_of(PERTURBATIONS),
-    "perturbation_radius": (_two(lambda v: 0 <= v <= 1), "two numbers from 0 to 1, such as [0.03, 0.3]"),
-    "accumulate": _POSITIVE_INT,
+    "perturbation": one_of(PERTURBATIONS),
+    "perturbation_radius": (two(lambda v: 0 <= v <= 1), "two numbers from 0 to 1, such as [0.03, 0.3]"),
+    "accumulate": POSITIVE_INT,
     "order": (lambda v: v in (0, 1, 2), "0, 1 or 2"),
-    "alpha_optimizer": _one_of(ALPHA_OPTIMIZERS),
-    "alpha_lr": _POSITIVE,
-    "alpha_betas": (_two(lambda v: 0 <= v < 1), "two numbers of at least 0 and below 1, such as [0.5, 0.999]"),
-    "alpha_weight_decay": _NOT_NEGATIVE,
-    "alpha_warmup": _WHOLE,
-    "alpha_scale": _NOT_NEGATIVE,
-    "regularizer": _one_of(REGULARIZERS),
-    "regularizer_scale": _NOT_NEGATIVE,
-    "temperature": (_two(lambda v: 0 < v < math.inf), "two numbers above 0, such as [10, 0.1]"),
-    "select": _one_of(SELECTIONS),
-    "candidates": _POSITIVE_INT,
-    "samples": _WHOLE,
-    "hessian": _WHOLE,
-    "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "threads": _WHOLE,
-    "amp": _one_of(AMP),
+    "alpha_optimizer": one_of(ALPHA_OPTIMIZERS),
+    "alpha_lr": POSITIVE,
+    "alpha_betas": (two(lambda v: 0 <= v < 1), "two numbers of at least 0 and below 1, such as [0.5, 0.999]"),
+    "alpha_weight_decay": NOT_NEGATIVE,
+    "alpha_warmup": WHOLE,
+    "alpha_scale": NOT_NEGATIVE,
+    "regularizer": one_of(REGULARIZERS),
+    "regularizer_scale": NOT_NEGATIVE,
+    "temperature": (two(lambda v: 0 < v < math.inf), "two numbers above 0, such as [10, 0.1]"),
+    "select": one_of(SELECTIONS),
+    "candidates": POSITIVE_INT,
+    "samples": WHOLE,
+    "hessian": WHOLE,
+    "seed": SEED,
+    "threads": WHOLE,
+    "amp": one_of(AMP),
 }

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
-import platform
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastnas import _C, __version__
 from fastnas._device import as_device
 from fastnas.data import Augment, Batches, ImageData, augment, load, normalize, split, to_device
 from fastnas.genotype import AnyGenotype, parse_genotype
 from fastnas.nn.preserved import preserved
 from fastnas.nn.skip_dropout import set_skip_dropout
 from fastnas.relaxations import get_relaxation
+from fastnas.runs.checkpoint import CheckpointError
+from fastnas.runs.machine import AMP, GPU_READ_EVERY, DivergenceError, describe, peak_memory, seed_of, settings
 from fastnas.search import perturbation
 from fastnas.search.architect import Batch, Bilevel, first_order, second_order
 from fastnas.search.chance import Chance
-from fastnas.search.checkpoint import CheckpointError
-from fastnas.search.config import AMP, SearchConfig, Stage
+from fastnas.search.checkpoint import CHECKPOINTS
+from fastnas.search.config import SearchConfig, Stage
 from fastnas.search.graphs import CudaRecorder, GraphedStep
 from fastnas.search.hessian import curvature
 from fastnas.search.measures import Measures
@@ -41,13 +38,6 @@ from fastnas.spaces._tables import draw
 
 Arguments = dict[str, Any]
 """What a supernet's forward is given beside the images."""
-
-# On a GPU, reading a loss back waits for the step to end; every tenth step is often enough for a progress bar.
-_GPU_READ_EVERY = 10
-
-
-class DivergenceError(ArithmeticError):
-    """The loss is no longer a number; the message says where and what helps."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +160,8 @@ class Search:
         self.parts = (train, valid)
         self._augment = Augment(pad=config.pad, flip=config.flip, cutout=config.cutout)
         # BatchNorm wants no small last batch; the images that miss an epoch are others each time.
-        self._train_batches = Batches(train, config.batch_size, seed=_seed(config.seed, "train"), drop_last=True)
-        self._valid_batches = Batches(valid, config.batch_size, seed=_seed(config.seed, "valid"))
+        self._train_batches = Batches(train, config.batch_size, seed=seed_of(config.seed, "train"), drop_last=True)
+        self._valid_batches = Batches(valid, config.batch_size, seed=seed_of(config.seed, "valid"))
         self._augment_generator = self._generator("augment")
         self.steps_per_epoch = len(self._train_batches)
 
@@ -179,7 +169,7 @@ class Search:
         self._check_space()
         # Modules draw their initial parameters from torch's global generator: seed it for them alone.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(config.seed, "weights"))
+            torch.default_generator.manual_seed(seed_of(config.seed, "weights"))
             supernet = self.space.supernet(
                 config.channels, config.layers, len(data.classes), data.images.shape[1], config.schedule[0].k
             )
@@ -189,7 +179,7 @@ class Search:
                 raise ValueError(f"checkpoint_cells with space={config.space}: it cannot run cells again; leave it out")
             self.supernet.checkpoint_cells = True
         self._edge_alphas = self._init_edge_alphas() if config.edge_normalization else {}
-        self._chance = Chance(self.device, _seed(config.seed, "chance"))
+        self._chance = Chance(self.device, seed_of(config.seed, "chance"))
         self.kept: dict[str, Tensor] = {}
         self._regularizer = get_regularizer(config.regularizer)
         self._weight_optimizer = self._sgd({})
@@ -305,7 +295,7 @@ class Search:
         Raises:
             DivergenceError: where the loss is no longer a finite number.
         """
-        with _settings(self.device, self.config.threads), self._chance:
+        with settings(self.device, self.config.threads), self._chance:
             while self.epoch < self.config.epochs and not self._stop:
                 self._run_epoch(on_step)
                 if self.step == self.steps_per_epoch:
@@ -362,7 +352,7 @@ class Search:
             "kept": self.kept,
             "chosen": None if self._chosen is None else self._chosen.to_text(),
             "chance": self._chance.state_dict(),
-            "machine": self._machine(),
+            "machine": describe(self.device, self.config.threads),
             "supernet": self.supernet.state_dict(),
             "alphas": {name: alpha.detach() for name, alpha in self._bilevel.alphas.items()},
             "weight_optimizer": self._weight_optimizer.state_dict(),
@@ -381,20 +371,8 @@ class Search:
         mine = self.config.to_dict()
         # its own machine does not count, and may not be here
         theirs = SearchConfig.from_dict({**state["config"], "device": "cpu", "cuda_graphs": False}).to_dict()
-        differs = [k for k in mine if k not in self.FREE_ON_RESUME and mine[k] != theirs[k]]
-        if differs:
-            name = differs[0]
-            raise CheckpointError(
-                f"the checkpoint is of a search with {name}={theirs[name]!r}, this one has "
-                f"{name}={mine[name]!r}; resume with the options of the checkpoint"
-            )
-        for name, now in self._machine().items():
-            if state["machine"][name] != now:
-                warnings.warn(
-                    f"the checkpoint was written with {name} {state['machine'][name]}, this is {now}: the search goes "
-                    "on, but not with the same bits",
-                    stacklevel=2,
-                )
+        CHECKPOINTS.check(mine, theirs, self.FREE_ON_RESUME)
+        CHECKPOINTS.compare(describe(self.device, self.config.threads), state["machine"])
         if self.stage > state["stage"]:
             raise CheckpointError(
                 f"the checkpoint is of stage {state['stage'] + 1}, this search is in stage {self.stage + 1} and cannot "
@@ -437,7 +415,7 @@ class Search:
             self.step += 1
             self._seconds = before + time.perf_counter() - start
             last_of_epoch = self.step == self.steps_per_epoch
-            if self.device.type == "cpu" or last_of_epoch or self._stop or self.step % _GPU_READ_EVERY == 0:
+            if self.device.type == "cpu" or last_of_epoch or self._stop or self.step % GPU_READ_EVERY == 0:
                 self._check_finite()
                 if on_step:
                     on_step(self)
@@ -602,7 +580,7 @@ class Search:
             arguments = self._arguments_of(genotype)
             return self._evaluate(lambda: arguments, running=False)
         on = "cpu" if self.config.select == "evaluate" else self.device
-        generator = torch.Generator(on).manual_seed(_seed(self.config.seed, f"paths {self.epoch}"))
+        generator = torch.Generator(on).manual_seed(seed_of(self.config.seed, f"paths {self.epoch}"))
         return self._evaluate(lambda: self._arguments(generator), running=False)
 
     @contextmanager
@@ -650,7 +628,7 @@ class Search:
             tables = {name: self._scattered(name, table) for name, table in weights.items()}
             return F.cross_entropy(self._logits(images, {"weights": tables, **extra}), labels)
 
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, f"hessian {self.epoch}"))
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, f"hessian {self.epoch}"))
         with self._chance.repeated(), self._without_dropout(), self._whole_cells():
             found = curvature(self.supernet, loss, self._kept_alphas(), self.relaxation, generator=generator)
         values = {f"hessian/{name}": value for name, value in asdict(found).items()}
@@ -810,18 +788,7 @@ class Search:
         return c.lr_min + (c.lr - c.lr_min) * (1 + math.cos(math.pi * self.epoch / c.epochs)) / 2
 
     def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(_seed(self.config.seed, purpose))
-
-    def _machine(self) -> dict[str, str | int]:
-        """Returns what the bits of a search depend on beside its options."""
-        return {
-            "processor": platform.machine(),
-            "instruction set": _C.build_info()["cpu_isa"],
-            "torch": str(torch.__version__),
-            "fastnas": __version__,
-            "device": self.device.type,
-            "threads": self.config.threads or torch.get_num_threads(),
-        }
+        return torch.Generator().manual_seed(seed_of(self.config.seed, purpose))
 
     def _check_finite(self) -> None:
         totals = self._totals
@@ -872,37 +839,3 @@ def _path(weights: Mapping[str, Tensor], primitives: Sequence[str] = ()) -> dict
         chosen = torch.where(rows.amax(1) > 0, chosen, primitives.index("none"))
     indices = iter(chosen.tolist())
     return {name: list(itertools.islice(indices, len(table))) for name, table in weights.items()}
-
-
-def peak_memory(device: torch.device) -> int:
-    """Returns bytes: torch's largest allocation on a GPU, else this process' largest resident size; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _seed(seed: int, purpose: str) -> int:
-    # One independent stream for each purpose: a change in one (another batch size, say) leaves the others alone.
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "little") >> 1
-
-
-@contextmanager
-def _settings(device: torch.device, threads: int) -> Iterator[None]:
-    """Runs the block with this number of threads (0: as it is) and, on a GPU, cuDNN's deterministic algorithms."""
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        if device.type == "cuda":
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-                yield
-        else:
-            yield
-    finally:
-        if threads:
-            torch.set_num_threads(before)

@@ -5,7 +5,7 @@ import yaml
 
 from fastnas.search import METHODS, Method, SearchConfig, register_method
 from fastnas.search.config import GROUPS
-from fastnas.search.run import dump_config
+from fastnas.search.run import RunFolder
 
 
 def test_open_options_take_the_preset_of_the_data():
@@ -94,7 +94,7 @@ def test_bad_options_are_named(options, error, message):
 
 def test_cuda_graphs_are_an_option_of_a_gpu():
     config = SearchConfig(device="cuda:1", cuda_graphs=True)
-    assert SearchConfig.from_dict(yaml.safe_load(dump_config(config))) == config
+    assert SearchConfig.from_dict(yaml.safe_load(RunFolder.dump(config.to_dict()))) == config
     assert not SearchConfig(device="cuda:1").cuda_graphs
 
 
@@ -106,7 +106,7 @@ def test_unknown_option():
 def test_yaml_round_trip():
     config = SearchConfig(data="cifar10", root="/somewhere: else", lr=1e-5, lr_min=0.0, alpha_betas=(0.9, 0.99), seed=7)
     config = dataclasses.replace(config, amp="bf16")
-    text = dump_config(config)
+    text = RunFolder.dump(config.to_dict())
     assert SearchConfig.from_dict(yaml.safe_load(text)) == config
     assert text.startswith("# A search of fastnas")
 
