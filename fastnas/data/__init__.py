@@ -2,6 +2,7 @@
 
 from .augment import Augment, augment, default_augment, normalize
 from .batches import Batches, split, to_device
+from .jitter import color_jitter
 from .images import DATASETS, ImageData, channel_statistics, load
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ImageData",
     "augment",
     "channel_statistics",
+    "color_jitter",
     "default_augment",
     "load",
     "normalize",

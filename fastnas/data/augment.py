@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batches import to_device
+from .jitter import color_jitter
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ def normalize(
         memory_format: layout of the result.
     """
     _check(images)
+    return _standardize(_scale(images, memory_format), mean, std)
+
+
+def _scale(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return images.to(torch.float32, memory_format=memory_format).div_(255)
+
+
+def _standardize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Returns `(images - mean) / std`, in the memory of `images`."""
     channels = images.shape[1]
     moments = []
     for argument, value in (("mean", mean), ("std", std)):
@@ -80,8 +90,7 @@ def normalize(
                 f"{argument} needs {channels} values, one for each channel, not shape {tuple(moment.shape)}"
             )
         moments.append(moment.view(1, channels, 1, 1))
-    scaled = images.to(torch.float32, memory_format=memory_format)
-    return scaled.div_(255).sub_(moments[0]).div_(moments[1])
+    return images.sub_(moments[0]).div_(moments[1])
 
 
 def augment(
@@ -91,9 +100,10 @@ def augment(
     std: Sequence[float] | Tensor,
     generator: torch.Generator,
     *,
+    jitter: Sequence[float] = (),
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Tensor:
-    """Returns the images cropped, flipped, normalised and cut out at random, float32 (N, C, H, W).
+    """Returns the images cropped, flipped, recoloured, normalised and cut out at random, float32 (N, C, H, W).
 
     The border is black before normalising and the cut-out square is zero after it, as in the DARTS code (arXiv
     1806.09055). The square's centre is anywhere in the image, so that it may lie partly outside.
@@ -104,6 +114,7 @@ def augment(
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         generator: source of every random number. One on the CPU gives the same numbers for images on any device.
+        jitter: strengths of :func:`~fastnas.data.color_jitter`; none is off.
         memory_format: layout of the result.
     """
     _check(images)
@@ -111,7 +122,10 @@ def augment(
     draws = _draw(config, n, height, width, generator, images.device)
     if draws.offset is not None or draws.flip is not None:
         images = _crop_and_flip(images, config.pad, draws)
-    out = normalize(images, mean, std, memory_format=memory_format)
+    out = _scale(images, memory_format)
+    if any(jitter):
+        out = color_jitter(out, jitter, generator)
+    out = _standardize(out, mean, std)
     if draws.centre is not None:
         top, left = (draws.centre - config.cutout // 2).unbind(1)
         rows = _within(top, config.cutout, height)  # (N, H)
