@@ -1,9 +1,10 @@
 """The commands of ``fastnas``, one a file: its parser, and what it does."""
 
-from . import count, export, info, predict, rank, report, score, search, show
+from . import count, export, info, predict, rank, report, score, search, show, train
 
 COMMANDS = {
     "search": search,
+    "train": train,
     "rank": rank,
     "score": score,
     "report": report,

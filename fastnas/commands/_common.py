@@ -7,14 +7,20 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fastnas.runs.machine import peak_memory
+
+MIB = 2**20
 
 Again = Callable[[dict[str, Any]], Namespace]
 """Parses the command line once more, over other defaults."""
@@ -34,7 +40,7 @@ class _Described:
 
 _WORDS = {"int": "a whole number", "int | None": "a whole number", "float": "a number", "bool": "true or false"}
 _METAVARS = {"int": "N", "int | None": "N", "float": "X", "str": "NAME", "tuple[float, float]": "[X,X]"}
-_METAVARS |= {"list[str]": "[NAME,...]", "list[list[int]]": "[[K,OPS,EPOCHS,WARMUP],...]"}
+_METAVARS |= {"list[float]": "[X,...]", "list[str]": "[NAME,...]", "list[list[int]]": "[[K,OPS,EPOCHS,WARMUP],...]"}
 _DESCRIBED: dict[str, _Described] = {}
 
 
@@ -130,6 +136,98 @@ def progress(console: Console, title: str) -> Progress:
         transient=True,
         expand=True,
     )
+
+
+class Run(Protocol):
+    """What a :class:`StepBar` asks of a search or a training."""
+
+    config: Any
+    device: torch.device
+    epoch: int
+    step: int
+    steps_per_epoch: int
+
+    def progress(self) -> dict[str, float]:
+        """Returns the means over the epoch under way, with train_loss and train_accuracy."""
+
+
+class StepBar:
+    """A progress bar of a run under its table; nothing at all where the output is no terminal."""
+
+    def __init__(self, console: Console, run: Run) -> None:
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[memory]} MiB"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task(
+            "run", total=run.config.epochs * run.steps_per_epoch, **self._fields(run)
+        )
+        self._progress.update(self._task, completed=run.epoch * run.steps_per_epoch + run.step)
+
+    def __enter__(self) -> StepBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, run: Run) -> None:
+        """Shows where the run is."""
+        done = run.epoch * run.steps_per_epoch + run.step
+        self._progress.update(self._task, completed=done, **self._fields(run))
+
+    @staticmethod
+    def _fields(run: Run) -> dict[str, Any]:
+        now = run.progress()
+        started = run.step > 0
+        return {
+            "epoch": f"{min(run.epoch + 1, run.config.epochs)}/{run.config.epochs}",
+            "loss": f"{now['train_loss']:.3f}" if started else "-",
+            "accuracy": f"{now['train_accuracy']:.1%}" if started else "-",
+            "memory": f"{peak_memory(run.device) / MIB:.0f}",
+        }
+
+
+def add_run_arguments(parser: Parser, what: str, out: str) -> None:
+    """Adds --config, --out, --resume and --overwrite.
+
+    Args:
+        parser: of the command.
+        what: what a run is called.
+        out: the default of --out, in words.
+    """
+    run = parser.add_argument_group("Run")
+    run.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="A YAML file with any of these options, such as a run's config.yaml.",
+    )
+    run.add_argument("--out", metavar="FOLDER", help=f"The run folder. (default: {out})")
+    run.add_argument("--resume", action="store_true", help=f"Continue the {what} in the run folder, with its options.")
+    run.add_argument("--overwrite", action="store_true", help="Replace the run in the run folder.")
+
+
+def check_resumed(folder: Path, stored: Mapping[str, Any], given: Mapping[str, Any], free: Collection[str]) -> None:
+    """Checks that a run is resumed with the options that it was started with, but for those that are ``free``.
+
+    Raises:
+        UsageError: where it is not.
+    """
+    for name, value in stored.items():
+        if name not in free and given[name] != value:
+            raise UsageError(
+                f"--resume continues {folder} with {name}={value}; leave out --{name}, or start another run with --out"
+            )
 
 
 class Interrupted(BaseException):

@@ -7,13 +7,15 @@ import shlex
 from typing import Any
 
 from jsonargparse import Namespace
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastnas.commands._common import (
+    MIB,
     Again,
     Parser,
+    StepBar,
     UsageError,
+    add_run_arguments,
+    check_resumed,
     console,
     describe,
     option_names,
@@ -22,7 +24,7 @@ from fastnas.commands._common import (
 )
 from fastnas.data import DATASETS
 from fastnas.relaxations import RELAXATIONS
-from fastnas.runs.machine import AMP, peak_memory
+from fastnas.runs.machine import AMP
 from fastnas.search import METHODS, EpochRecord, Search, SearchConfig, get_method
 from fastnas.search.config import (
     ALPHA_OPTIMIZERS,
@@ -37,7 +39,6 @@ from fastnas.search.run import RunFolder
 from fastnas.spaces import SPACES
 
 HELP = "search for an architecture"
-_MIB = 2**20
 _TYPES = SearchConfig.__dataclass_fields__
 
 
@@ -83,18 +84,7 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         "below is what the method chooses for the data (those of darts are shown); an option overrides it, in --config "
         "or on the command line.",
     )
-    run = search.add_argument_group("Run")
-    run.add_argument(
-        "--config",
-        action="config",
-        metavar="FILE",
-        help="A YAML file with any of these options, such as a run's config.yaml.",
-    )
-    run.add_argument(
-        "--out", metavar="FOLDER", help="The run folder. (default: runs/<space>-<method>-<data>-seed<seed>)"
-    )
-    run.add_argument("--resume", action="store_true", help="Continue the search in the run folder, with its options.")
-    run.add_argument("--overwrite", action="store_true", help="Replace the run in the run folder.")
+    add_run_arguments(search, "search", "runs/<space>-<method>-<data>-seed<seed>")
     for group in GROUPS:
         search.add_class_arguments(group)
     if defaults:
@@ -111,12 +101,7 @@ def run(options: Namespace, again: Again) -> int:
     if options.resume:
         stored = folder.config()
         config = _config(again(stored.to_dict()))
-        for name, value in stored.to_dict().items():
-            if name not in Search.FREE_ON_RESUME and config.to_dict()[name] != value:
-                raise UsageError(
-                    f"--resume continues {folder.path} with {name}={value}; leave out --{name}, "
-                    "or start another run with --out"
-                )
+        check_resumed(folder.path, stored.to_dict(), config.to_dict(), Search.FREE_ON_RESUME)
     else:
         folder.check_free(overwrite=options.overwrite)
     search = Search(config)
@@ -150,7 +135,7 @@ def _run(search: Search, folder: RunFolder) -> int:
     for record in search.history:
         out.print(_row(record))
 
-    with _Bar(out, search) as bar, stop_on_signal(search.stop) as signals:
+    with StepBar(out, search) as bar, stop_on_signal(search.stop) as signals:
 
         def on_epoch(search: Search, record: EpochRecord) -> None:
             folder.record(search, record)
@@ -203,50 +188,5 @@ def _row(r: EpochRecord) -> str:
     return (
         f"{r.epoch:5}  {r.lr:6.4f}  {r.train_loss:8.4f} {r.train_accuracy:6.1%}  {r.alpha_loss:10.4f}"
         f"  {r.valid_loss:9.4f} {r.valid_accuracy:6.1%}  {r.alpha_spread:6.4f}  {r.seconds:7.1f}"
-        f"  {r.peak_memory / _MIB:4.0f}"
+        f"  {r.peak_memory / MIB:4.0f}"
     )
-
-
-class _Bar:
-    """A progress bar under the table; nothing at all where the output is no terminal."""
-
-    def __init__(self, console: Console, search: Search) -> None:
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
-            TextColumn("{task.fields[memory]} MiB"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-            expand=True,
-        )
-        self._task: TaskID = self._progress.add_task(
-            "search", total=search.config.epochs * search.steps_per_epoch, **self._fields(search)
-        )
-        self._progress.update(self._task, completed=search.epoch * search.steps_per_epoch + search.step)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, search: Search) -> None:
-        done = search.epoch * search.steps_per_epoch + search.step
-        self._progress.update(self._task, completed=done, **self._fields(search))
-
-    @staticmethod
-    def _fields(search: Search) -> dict[str, Any]:
-        now = search.progress()
-        started = search.step > 0
-        return {
-            "epoch": f"{min(search.epoch + 1, search.config.epochs)}/{search.config.epochs}",
-            "loss": f"{now['train_loss']:.3f}" if started else "-",
-            "accuracy": f"{now['train_accuracy']:.1%}" if started else "-",
-            "memory": f"{peak_memory(search.device) / _MIB:.0f}",
-        }

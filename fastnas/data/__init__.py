@@ -2,8 +2,8 @@
 
 from .augment import Augment, augment, default_augment, normalize
 from .batches import Batches, split, to_device
-from .jitter import color_jitter
 from .images import DATASETS, ImageData, channel_statistics, load
+from .jitter import color_jitter
 
 __all__ = [
     "DATASETS",

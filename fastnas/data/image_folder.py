@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class _Item(NamedTuple):
     """What a worker is asked for."""
 
     part: str
-    index: int
+    image: int
     seed: str  # of the crop; "" is the centre
 
 
@@ -67,7 +67,10 @@ class _Part:
         return self._root / os.fsdecode(bytes(self._text[start : int(self._ends[index])].tolist()))
 
 
-class ImageFolder(Dataset[tuple[Tensor | None, int, tuple[str, str]]]):
+_Read = tuple[Tensor | None, int, tuple[str, str]]
+
+
+class ImageFolder(Dataset[_Read]):
     """The images in ``ROOT/train/CLASS`` and ``ROOT/val/CLASS``, in the order of their names.
 
     Training images are cropped at random: 8 % to 100 % of the area, an aspect ratio of 3/4 to 4/3, resized to a square.
@@ -107,13 +110,14 @@ class ImageFolder(Dataset[tuple[Tensor | None, int, tuple[str, str]]]):
         """Returns the number of images in ``train`` or ``val``."""
         return len(self._parts[part])
 
-    def __getitem__(self, item: _Item) -> tuple[Tensor | None, int, tuple[str, str]]:
-        """Returns the image, uint8 (3, S, S), or None where it cannot be read; its label; its path and what is wrong."""
+    def __getitem__(self, item: _Item) -> _Read:
+        """Returns an image, uint8 (3, S, S), or None where it cannot be read; its label; its path and what is wrong."""
         part = self._parts[item.part]
-        path, label = part.path(item.index), int(part.labels[item.index])
+        path, label = part.path(item.image), int(part.labels[item.image])
         try:
             with Image.open(path) as image:
-                box = random_box(*image.size, random.Random(item.seed)) if item.seed else centre_box(*image.size)
+                width, height = image.size
+                box = random_box(width, height, random.Random(item.seed)) if item.seed else centre_box(width, height)
                 return crop(image, box, self.size), label, (str(path), "")
         except Exception as error:  # damaged bytes make the reader raise nearly anything
             return None, label, (str(path), " ".join(str(error).split()) or type(error).__name__)
@@ -147,7 +151,7 @@ class FolderBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._asked = _Asked()
-        self._loader: DataLoader[Loaded] = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             images,
             batch_sampler=self._asked,
             num_workers=workers,
@@ -182,7 +186,7 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
 
 
-def _collate(items: Sequence[tuple[Tensor | None, int, tuple[str, str]]]) -> Loaded:
+def _collate(items: Sequence[_Read]) -> Loaded:
     images = [image for image, _, _ in items if image is not None]
     return Loaded(
         torch.stack(images) if images else torch.empty(0, 3, 1, 1, dtype=torch.uint8),
@@ -207,14 +211,17 @@ def random_box(width: int, height: int, chance: random.Random) -> Box:
         if 0 < w <= width and 0 < h <= height:
             left, upper = chance.randint(0, width - w), chance.randint(0, height - h)
             return left, upper, left + w, upper + h
-    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    return _centred(width, height, min(width, height * 4 / 3), min(height, width * 4 / 3))
 
 
 def centre_box(width: int, height: int) -> Box:
     """Returns the square in the centre, 224/256 of the shorter side."""
     side = min(width, height) * _TEST_CROP
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    return _centred(width, height, side, side)
+
+
+def _centred(width: int, height: int, w: float, h: float) -> Box:
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
 def crop(image: Image.Image, box: Box, size: int) -> Tensor:

@@ -44,15 +44,16 @@ def color_jitter(images: Tensor, strengths: Sequence[float], generator: torch.Ge
 
 
 def _gray(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, 1)
-    return _GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue  # (N, 1, H, W)
+    red, green, blue = torch.split(images, 1, 1)
+    gray: Tensor = _GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue  # (N, 1, H, W)
+    return gray
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Returns the images after a turn of the hue (of HSV) by ``shift`` of the circle, (N, 1, 1, 1)."""
     value, largest = images.max(1, keepdim=True)  # (N, 1, H, W)
     chroma = value - images.amin(1, keepdim=True)
-    red, green, blue = images.split(1, 1)
+    red, green, blue = torch.split(images, 1, 1)
     numerator = torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
     hue = numerator / torch.where(chroma == 0, 1, chroma) + 2 * largest + 6 * shift  # in sixths of the circle
     # red, green and blue from hue, chroma and value: k = (n + hue) mod 6, value - chroma * clamp(min(k, 4 - k), 0, 1)

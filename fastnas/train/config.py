@@ -15,7 +15,7 @@ from fastnas.nn.stems import STEMS
 from fastnas.runs import options
 from fastnas.runs.machine import AMP
 from fastnas.runs.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_INT, SEED, WHOLE, one_of
-from fastnas.train.recipes import RECIPES, default_recipe, read_recipe
+from fastnas.train.recipes import RECIPES, Value, default_recipe, read_recipe
 
 RECIPE: Any = None
 """The default of an option whose value comes from the recipe."""
@@ -167,9 +167,11 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
             raise ValueError("genotype is missing: give a name, a file, or an architecture written out")
         genotype = find_genotype(self.genotype)
         object.__setattr__(self, "genotype", genotype.to_text())
-        name, own = self.recipe, {}
-        if name is not None and name not in RECIPES and name.endswith((".yaml", ".yml")):
-            name, own = read_recipe(name)
+        given: str | None = self.recipe
+        name = given
+        own: dict[str, Value] = {}
+        if given is not None and given not in RECIPES and given.endswith((".yaml", ".yml")):
+            name, own = read_recipe(given)
         name = name or default_recipe(genotype, self.data)
         object.__setattr__(self, "recipe", name)
         for option, default in {**RECIPES.find(name).values, **own}.items():
@@ -186,7 +188,7 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
             for name, instead in (("auxiliary", 0), ("drop_path", 0), ("stem", "cifar")):
                 if getattr(self, name) != instead:
                     raise ValueError(
-                        f"{name}={getattr(self, name)} with an architecture that is not of the DARTS space, whose network "
+                        f"{name}={getattr(self, name)} with an architecture outside the DARTS space, whose network "
                         f"has no such choice: set it to {instead}, or take recipe nb201"
                     )
         if self.accumulate > self.batch_size // 2:

@@ -149,7 +149,8 @@ class Training:
     def _batches(self, epoch: int) -> list[Tensor]:
         """Returns the indices of an epoch's batches; a last one of one image, which has no statistics, is left out."""
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, f"order {epoch}"))
-        batches = list(torch.randperm(self.source.counts[0], generator=generator).split(self.config.batch_size))
+        order = torch.randperm(self.source.counts[0], generator=generator)
+        batches = list(torch.split(order, self.config.batch_size))
         return batches if len(batches[-1]) > 1 else batches[:-1]
 
     def stop(self) -> None:
@@ -199,8 +200,9 @@ class Training:
         Raises:
             DivergenceError: where a weight is no longer a finite number.
         """
+        network = self.network.state_dict()
         # a finite loss may have left weights that are not
-        norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
+        norms = torch._foreach_norm([t for t in network.values() if t.is_floating_point()])
         if not torch.isfinite(torch.stack(list(norms))).all():
             raise self._diverged("a weight")
         return {
@@ -212,7 +214,7 @@ class Training:
             "history": [asdict(record) for record in self.history],
             "unreadable": sorted(self.source.unreadable),
             "machine": describe(self.device, self.config.threads),
-            "network": self.network.state_dict(),
+            "network": network,
             "optimizer": self._optimizer.state_dict(),
         }
 
@@ -239,7 +241,7 @@ class Training:
     ) -> bool:
         """Runs what is left of the epoch under way; returns whether it came to its end."""
         self.network.train()
-        self.network.drop_path = self._drop_path()  # type: ignore[assignment]
+        self.network.drop_path = self._drop_path()
         for group in self._optimizer.param_groups:
             group["lr"].fill_(self._lr())
         batches = self._batches(self.epoch)
@@ -269,9 +271,7 @@ class Training:
             return
         seed = seed_of(self.config.seed, f"step {self.epoch} {self.step}")
         generator = torch.Generator().manual_seed(seed)
-        images = augment(
-            images, self._augment, self._mean, self._std, generator, jitter=self.config.jitter
-        )
+        images = augment(images, self._augment, self._mean, self._std, generator, jitter=self.config.jitter)
         torch.manual_seed(seed)  # for what the network drops
         self._optimizer.zero_grad()
         parts = self.config.accumulate
@@ -338,7 +338,7 @@ class Training:
                 totals[3] += len(labels)
         loss, top1, top5, images = totals.tolist()
         if not images:
-            return math.nan, math.nan, math.nan
+            raise ValueError(f"none of the {self.source.counts[1]:,} test images could be read")
         return loss / images, top1 / images, top5 / images
 
     def _lr(self) -> float:
@@ -349,8 +349,8 @@ class Training:
 
     def _diverged(self, what: str) -> DivergenceError:
         return DivergenceError(
-            f"{what} is not a finite number in epoch {self.epoch + 1}, step {self.step}; the last checkpoint is from "
-            "before that; try a smaller lr or clip"
+            f"{what} is not a finite number in epoch {self.epoch + 1}, step {self.step}; the last checkpoint "
+            "before that is kept; try a smaller lr or clip"
         )
 
 

@@ -156,8 +156,8 @@ register_recipe(
         ),
     )
 )
-# Not published anywhere: for some 1,400 images of 8x8 pixels and a minute or two on two CPU cores. A mirrored 2 is no 2,
-# and maps of 2x2 pixels are too small for an auxiliary head.
+# Not published anywhere: for some 1,400 images of 8x8 pixels and a minute or two on two CPU cores. A mirrored 2 is no
+# 2, and maps of 2x2 pixels are too small for an auxiliary head.
 register_recipe(
     Recipe(
         "digits",

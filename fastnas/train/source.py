@@ -32,9 +32,9 @@ class Source(Protocol):
         unreadable: paths of images that were left out so far.
     """
 
-    classes: Sequence[str]
-    mean: Sequence[float]
-    std: Sequence[float]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     shape: tuple[int, int, int]
     counts: tuple[int, int]
     unreadable: set[str]
@@ -70,10 +70,12 @@ class MemorySource:
                 std=std,
             )
         assert data.test_images is not None
-        self.classes, self.mean, self.std = data.classes, data.mean, data.std
+        self.classes: tuple[str, ...] = data.classes
+        self.mean: tuple[float, ...] = data.mean
+        self.std: tuple[float, ...] = data.std
         channels, height, width = data.images.shape[1:]
-        self.shape = (channels, height, width)
-        self.counts = (len(data.images), len(data.test_images))
+        self.shape: tuple[int, int, int] = (channels, height, width)
+        self.counts: tuple[int, int] = (len(data.images), len(data.test_images))
         self.unreadable: set[str] = set()
         self._data = data.to(device)
         self._device = device
@@ -89,8 +91,8 @@ class MemorySource:
         """Yields all test images."""
         assert self._data.test_images is not None
         assert self._data.test_labels is not None
-        size = self._batch_size
-        return zip(self._data.test_images.split(size), self._data.test_labels.split(size), strict=True)
+        parts = (self._data.test_images, self._data.test_labels)
+        return zip(*(torch.split(part, self._batch_size) for part in parts), strict=True)
 
 
 class FolderSource:
@@ -107,9 +109,11 @@ class FolderSource:
         if config.root is None:
             raise ValueError("root is missing: imagefolder needs root=, the folder with train and val")
         folder = ImageFolder(config.root, config.image_size)
-        self.classes, self.mean, self.std = folder.classes, MEAN, STD
-        self.shape = (3, config.image_size, config.image_size)
-        self.counts = (folder.count("train"), folder.count("val"))
+        self.classes: tuple[str, ...] = folder.classes
+        self.mean: tuple[float, ...] = MEAN
+        self.std: tuple[float, ...] = STD
+        self.shape: tuple[int, int, int] = (3, config.image_size, config.image_size)
+        self.counts: tuple[int, int] = (folder.count("train"), folder.count("val"))
         self.unreadable: set[str] = set()
         self._batches = FolderBatches(
             folder,
