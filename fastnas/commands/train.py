@@ -67,10 +67,10 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         usage="fastnas train --genotype NAME|FILE|TEXT [options]",
         print_config=None,
         description="Trains the network of an architecture from scratch and tests it; the weights of the search are "
-        "not used. The run folder gets the trained network (model.pt), the numbers of every epoch and checkpoints. Ctrl-C "
-        "stops after the step under way; --resume then goes on as if nothing had happened. A recipe is a set of values "
-        "for the options below (the first is that of cifar, those of others follow where they differ); an option "
-        "overrides it, in --config or on the command line.",
+        "not used. The run folder gets the trained network (model.pt), the numbers of every epoch and checkpoints. "
+        "Ctrl-C stops after the step under way; --resume then goes on as if nothing had happened. A recipe is a set of "
+        "values for the options below (cifar's comes first, others follow where they differ); an option overrides it, "
+        "in --config or on the command line.",
     )
     add_run_arguments(train, "training", "runs/train-<genotype>-<data>-seed<seed>")
     for group in GROUPS:

@@ -233,8 +233,9 @@ def crop(image: Image.Image, box: Box, size: int) -> Tensor:
     shrink = min(box[2] - box[0], box[3] - box[1]) / size
     if shrink >= 2:
         image.draft("RGB", (int(width / shrink), int(height / shrink)))
-        x, y = image.size[0] / width, image.size[1] / height
-        box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        w, h = image.size
+        x, y = w / width, h / height
+        box = (box[0] * x, box[1] * y, min(box[2] * x, w), min(box[3] * y, h))  # rounding must not lead outside
     square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 

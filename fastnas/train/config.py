@@ -52,7 +52,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images: all training images train, all test images test.
+    """The images.
 
     Attributes:
         data: The data set. digits needs no files; npz and imagefolder are for images of your own.
