@@ -138,3 +138,8 @@ def test_the_folder_of_a_search_is_left_alone(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("# A search of fastnas 0.2.0\n")
     assert main([*TINY, "--overwrite", "--out", str(tmp_path)]) == 2
     assert "holds no run of fastnas train; choose another folder" in capsys.readouterr().err
+
+
+def test_a_page_is_of_a_search(run, capsys):
+    assert main(["report", str(run)]) == 2
+    assert "is a training's, and pages are of searches" in capsys.readouterr().err

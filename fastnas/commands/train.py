@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ _SHOWN = ("cifar", "imagenet", "nb201", "digits")  # recipes whose values the he
 def _default(action: argparse.Action) -> str:
     if action.dest not in TrainConfig.__dataclass_fields__ or action.dest in ("genotype", "recipe"):
         return ""
+    if action.dest == "workers":
+        return " (default: as many as CPUs, 16 at most)"
     if action.default is not RECIPE or action.dest == "root":
         return "" if action.default is None else f" (default: {show_value(action.default)})"
     values = {name: show_value(RECIPES[name].values[action.dest]) for name in _SHOWN}
@@ -105,11 +106,12 @@ def run(options: Namespace, again: Again) -> int:
 
 def _name(genotype: str) -> str:
     """Returns what an architecture is called in the name of a folder."""
-    if re.fullmatch(r"[\w.-]+", genotype) and not Path(genotype).is_file():
-        return genotype
-    if any(sign in genotype for sign in "|(+"):
+    if any(sign in genotype for sign in "|({"):
         return "written"
+    file, _, name = genotype.rpartition(":")
     path = Path(genotype)
+    if file:
+        return name
     return path.parent.name if path.stem == "genotype" and path.parent.name else path.stem
 
 
@@ -120,7 +122,7 @@ def _config(options: Namespace) -> TrainConfig:
 def _run(training: Training, folder: TrainFolder) -> int:
     config, source = training.config, training.source
     out = console()
-    out.print(f"[bold]{RECIPES.find(config.recipe).summary}[/]: {config.data}", highlight=False)
+    out.print(f"[bold]{RECIPES.find(config.recipe).summary}[/]: recipe {config.recipe}, data {config.data}")
     out.print(config.genotype, markup=False)
     out.print(
         f"{source.counts[0]:,} images train, {source.counts[1]:,} test; {_augmentation(config)}\n"

@@ -200,6 +200,8 @@ def _read(folder: Path) -> _Run:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     first = text.partition("\n")[0]
+    if first.startswith("# A training"):
+        raise ValueError(f"{folder} is a training's, and pages are of searches: see its metrics.csv or TensorBoard")
     made_by = first.lstrip("# ").removesuffix(" To repeat it:") if first.startswith("#") else ""
 
     genotype, notation = None, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from fastnas.runs.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_INT
 from fastnas.train.recipes import RECIPES, Value, default_recipe, read_recipe
 
 RECIPE: Any = None
-"""The default of an option whose value comes from the recipe."""
+"""The default of an option whose value comes from the recipe (of workers: from the machine)."""
 
 DATA = (*DATASETS, "imagefolder")
 """What ``data`` may be."""
@@ -81,7 +82,7 @@ class DataOptions:
     cutout: int = RECIPE
     jitter: list[float] = RECIPE
     image_size: int = RECIPE
-    workers: int = 4
+    workers: int = RECIPE
     skip_corrupt: bool = False
 
 
@@ -179,6 +180,8 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
                 object.__setattr__(self, option, default)
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        if self.workers is None:
+            object.__setattr__(self, "workers", min(16, _cpus()))
         options.check(self, _RANGES)
         self._check_together(genotype)
 
@@ -217,6 +220,13 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
             TypeError: for a value of the wrong type.
         """
         return options.from_dict(cls, values, "train")
+
+
+def _cpus() -> int:
+    """Returns the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _PROBABILITY: options.Range = (lambda v: 0 <= v < 1, "a probability of at least 0 and below 1")

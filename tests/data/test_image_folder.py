@@ -10,6 +10,11 @@ from PIL import Image
 from fastnas.data.image_folder import FolderBatches, ImageFolder, centre_box, crop, random_box
 from fastnas.train import TrainConfig, Training
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning",  # of Python 3.12, at each fork
+    "ignore:This DataLoader will create:UserWarning",  # on one core
+)
+
 CELL = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|nor_conv_1x1~1|nor_conv_3x3~2|"
 
 
