@@ -158,7 +158,7 @@ class FolderBatches:
             collate_fn=_collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
         )
 
     def train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Loaded]:
@@ -182,8 +182,10 @@ class FolderBatches:
         return iter(self._loader)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C, and what job managers send, reach all processes: they are for the main one, which then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: Sequence[_Read]) -> Loaded:
