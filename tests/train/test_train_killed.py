@@ -26,7 +26,7 @@ def _go_on(path, npz, started):
         channels=4,
         layers=3,
         batch_size=16,
-        epochs=5,
+        epochs=4,
         drop_path=0.3,
         pad=1,
         cutout=3,
@@ -62,7 +62,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     x, y = digits.images[:96, 0].numpy(), digits.labels[:96].numpy()
     np.savez(tmp_path / "digits.npz", x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastnas.train", "sklearn.datasets", "torch.utils.tensorboard"])
+    processes.set_forkserver_preload(["fastnas.train", "torch.utils.tensorboard"])
     moments = random.Random(0)
 
     def start(path):
@@ -95,4 +95,4 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
         assert len(ours) == len(theirs) > 100
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert _rows(folder) == _rows(tmp_path / "whole")
-    assert len(_rows(folder)) == 5
+    assert len(_rows(folder)) == 4
