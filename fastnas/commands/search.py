@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -22,6 +24,7 @@ from fastnas.commands._common import (
     show_value,
     stop_on_signal,
 )
+from fastnas.commands._repeat import RepeatOptions, repeat
 from fastnas.data import DATASETS
 from fastnas.relaxations import RELAXATIONS
 from fastnas.runs.machine import AMP
@@ -85,6 +88,7 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         "or on the command line.",
     )
     add_run_arguments(search, "search", "runs/<space>-<method>-<data>-seed<seed>")
+    search.add_class_arguments(RepeatOptions)
     for group in GROUPS:
         search.add_class_arguments(group)
     if defaults:
@@ -93,22 +97,51 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
 
 
 def run(options: Namespace, again: Again) -> int:
-    """Returns the exit status after the search."""
+    """Returns the exit status after the search, or the searches."""
     config = _config(options)
-    folder = RunFolder(options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}")
+    repeated = RepeatOptions(**{field.name: options[field.name] for field in dataclasses.fields(RepeatOptions)})
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
+    if repeated.repeat:
+        return _run_several(repeated, config, options, again)
+    path = options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}"
+    folder = RunFolder(path)
     if options.resume:
-        stored = folder.config()
-        config = _config(again(stored.to_dict()))
-        check_resumed(folder.path, stored.to_dict(), config.to_dict(), Search.FREE_ON_RESUME)
+        config = _resumed(folder, again, {})
     else:
         folder.check_free(overwrite=options.overwrite)
+    return _run_one(config, folder, resume=options.resume, overwrite=options.overwrite)
+
+
+def _run_several(repeated: RepeatOptions, config: SearchConfig, options: Namespace, again: Again) -> int:
+    out = console()
+    folder = Path(options.out or f"runs/{config.space}-{config.method}-{config.data}-seeds")
+
+    def one(config: SearchConfig, run: RunFolder) -> int:
+        resume = False
+        if options.resume and (run.path / "config.yaml").exists():
+            config = _resumed(run, again, {"seed": config.seed})
+            resume = (run.path / "checkpoint.pt").exists()
+        return _run_one(config, run, resume=resume, overwrite=options.overwrite or options.resume)
+
+    return repeat(repeated, config, folder, one, overwrite=options.overwrite, out=out)
+
+
+def _resumed(folder: RunFolder, again: Again, changes: dict[str, Any]) -> SearchConfig:
+    """Returns the options to go on with, which are those that the run in the folder was started with."""
+    stored = folder.config().to_dict()
+    config = _config(again(stored))
+    config = dataclasses.replace(config, **changes)
+    check_resumed(folder.path, stored, config.to_dict(), Search.FREE_ON_RESUME)
+    return config
+
+
+def _run_one(config: SearchConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> int:
     search = Search(config)
-    if options.resume:
+    if resume:
         folder.resume(search)
     else:
-        folder.start(config, overwrite=options.overwrite)
+        folder.start(config, overwrite=overwrite)
     with folder:
         return _run(search, folder)
 

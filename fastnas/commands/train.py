@@ -63,7 +63,7 @@ describe(
 
 def parser(defaults: dict[str, Any] | None = None) -> Parser:
     """Returns the parser of its options."""
-    train = Parser(
+    parser = Parser(
         prog="fastnas train",
         usage="fastnas train --genotype NAME|FILE|TEXT [options]",
         print_config=None,
@@ -73,12 +73,12 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         "values for the options below (cifar's comes first, others follow where they differ); an option overrides it, "
         "in --config or on the command line.",
     )
-    add_run_arguments(train, "training", "runs/train-<genotype>-<data>-seed<seed>")
+    add_run_arguments(parser, "training", "runs/train-<genotype>-<data>-seed<seed>")
     for group in GROUPS:
-        train.add_class_arguments(group)
+        parser.add_class_arguments(group)
     if defaults:
-        train.set_defaults(defaults)
-    return train
+        parser.set_defaults(defaults)
+    return parser
 
 
 def run(options: Namespace, again: Again) -> int:
@@ -101,7 +101,7 @@ def run(options: Namespace, again: Again) -> int:
     else:
         folder.start(config, overwrite=options.overwrite)
     with folder:
-        return _run(training, folder)
+        return train(training, folder)
 
 
 def _name(genotype: str) -> str:
@@ -119,7 +119,8 @@ def _config(options: Namespace) -> TrainConfig:
     return TrainConfig.from_dict({name: options[name] for name in option_names("train")})
 
 
-def _run(training: Training, folder: TrainFolder) -> int:
+def train(training: Training, folder: TrainFolder) -> int:
+    """Returns the exit status after the training, or what is left of it, was run and shown."""
     config, source = training.config, training.source
     out = console()
     out.print(f"[bold]{RECIPES.find(config.recipe).summary}[/]: recipe {config.recipe}, data {config.data}")

@@ -146,3 +146,12 @@ class Folder:
             if not math.isnan(value):
                 self._writer.add_scalar(tag, value, epoch)
         self._writer.flush()
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Returns the rows of a run's ``metrics.csv``, one an epoch; none where there is no such file."""
+    path = Path(folder) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -62,6 +62,8 @@ class DataOptions:
             and val/CLASS/*.jpg.
         holdout: Where a data set has no test images: the part of its images that is held out for the test, the same
             for every seed.
+        validate: The part of the training images that is kept out of the training and takes the place of the test
+            images, the same for every seed: to choose between architectures. 0 trains on all.
         batch_size: Images in a batch.
         pad: Augmentation: the images are padded by this many pixels and cropped back at random. 0 is off.
         flip: Augmentation: each image is mirrored with probability 1/2.
@@ -76,6 +78,7 @@ class DataOptions:
     data: str = "digits"
     root: str | None = None
     holdout: float = 0.2
+    validate: float = 0.0
     batch_size: int = RECIPE
     pad: int = RECIPE
     flip: bool = RECIPE
@@ -200,6 +203,8 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
             )
         if self.lr_warmup >= self.epochs:
             raise ValueError(f"lr_warmup={self.lr_warmup} with epochs={self.epochs}: choose fewer or more epochs")
+        if self.validate and self.data == "imagefolder":
+            raise ValueError(f"validate={self.validate} with data=imagefolder: keep images of your own in val instead")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=True with momentum=0: set it to False")
 
@@ -237,6 +242,7 @@ _RANGES: dict[str, options.Range] = {
     "stem": one_of(STEMS),
     "data": one_of(DATA),
     "holdout": (lambda v: 0 < v < 1, "a part between 0 and 1, such as 0.2"),
+    "validate": (lambda v: 0 <= v < 1, "a part of at least 0 and below 1"),
     "batch_size": (lambda v: v >= 2, "a whole number of at least 2"),
     "pad": WHOLE,
     "cutout": WHOLE,

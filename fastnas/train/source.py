@@ -51,24 +51,17 @@ class MemorySource:
 
     Args:
         data: With or without test images.
-        config: The options; see ``holdout``.
+        config: The options; see ``holdout`` and ``validate``.
         device: Where they are kept.
     """
 
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device) -> None:
         if data.test_images is None:
-            # not the training's seed: seeds are compared on the same test images
-            train, test = split(len(data.images), 1 - config.holdout, torch.Generator().manual_seed(0))
-            mean, std = channel_statistics(data.images[train])
-            data = dataclasses.replace(
-                data,
-                images=data.images[train],
-                labels=data.labels[train],
-                test_images=data.images[test],
-                test_labels=data.labels[test],
-                mean=mean,
-                std=std,
-            )
+            data = _held_out(data, config.holdout)
+            mean, std = channel_statistics(data.images)
+            data = dataclasses.replace(data, mean=mean, std=std)
+        if config.validate:
+            data = _held_out(data, config.validate)
         assert data.test_images is not None
         self.classes: tuple[str, ...] = data.classes
         self.mean: tuple[float, ...] = data.mean
@@ -93,6 +86,19 @@ class MemorySource:
         assert self._data.test_labels is not None
         parts = (self._data.test_images, self._data.test_labels)
         return zip(*(torch.split(part, self._batch_size) for part in parts), strict=True)
+
+
+def _held_out(data: ImageData, portion: float) -> ImageData:
+    """Returns the data with this part of the training images, drawn at random, as its test images."""
+    # not the training's seed: seeds are compared on the same images
+    train, test = split(len(data.images), 1 - portion, torch.Generator().manual_seed(0))
+    return dataclasses.replace(
+        data,
+        images=data.images[train],
+        labels=data.labels[train],
+        test_images=data.images[test],
+        test_labels=data.labels[test],
+    )
 
 
 class FolderSource:
