@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fastnas.inference.model_file import load_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastnas.cli import main
 from fastnas.data import load
+from fastnas.inference.model_file import load_model
 from fastnas.train.loop import CHECKPOINTS
 
 TINY = ["train", "--genotype=DARTS_V2", "--channels=4", "--layers=3", "--batch-size=16", "--device=cpu"]

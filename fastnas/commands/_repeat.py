@@ -20,8 +20,7 @@ from fastnas.genotype import load_genotype
 from fastnas.runs.folder import read_metrics
 from fastnas.search import SearchConfig
 from fastnas.search.run import RunFolder
-from fastnas.train import RECIPES, TrainConfig, TrainFolder, Training
-from fastnas.train.recipes import default_recipe
+from fastnas.train import TrainConfig, TrainFolder, Training
 
 _SHORT = 6  # a short training's epochs are a recipe's by this: DARTS' 100 of 600
 
@@ -35,21 +34,22 @@ class RepeatOptions:
             --pick, 1 or more; 0 is a single search.
         pick: Train each architecture for a short time on the images that trained the weights, test it on those that
             trained the alphas, and keep the best (DARTS, arXiv:1806.09055, section 3.1.1).
-        pick_epochs: Epochs of such a training. (default: a sixth of the recipe's, as DARTS' 100 of 600)
+        pick_recipe: How it is trained: a recipe of fastnas train, or a YAML file. (default: that of the architecture
+            and the data, with a sixth of its epochs, as DARTS' 100 of 600)
         minutes: Go on with further seeds until searches and trainings together have taken this long: with the method
             random, random search on the same budget.
     """
 
     repeat: int = 0
     pick: bool = False
-    pick_epochs: int | None = None
+    pick_recipe: str | None = None
     minutes: float = 0.0
 
     def __post_init__(self) -> None:
         if self.repeat < 0:
             raise ValueError(f"repeat={self.repeat} must be a number of searches, or 0 for a single one")
-        if self.pick_epochs is not None and (self.pick_epochs < 1 or not self.pick):
-            raise ValueError(f"pick_epochs={self.pick_epochs}: expected 1 or more, beside --pick true")
+        if self.pick_recipe is not None and not self.pick:
+            raise ValueError(f"pick_recipe={self.pick_recipe} without --pick true: nothing would be trained by it")
         if self.minutes < 0:
             raise ValueError(f"minutes={self.minutes} must be 0 (only --repeat counts) or more")
         if not self.repeat and (self.pick or self.minutes):
@@ -129,19 +129,19 @@ def repeat(
 def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, *, overwrite: bool) -> int:
     """Returns the exit status after the short training of what a search found."""
     genotype = load_genotype(run.path / "genotype.json")
-    epochs = RECIPES.find(default_recipe(genotype, config.data)).values["epochs"]
-    assert isinstance(epochs, int)
     short = TrainConfig(
         genotype=genotype.to_text(),
+        recipe=options.pick_recipe,
         data=config.data,
         root=config.root,
         validate=1 - config.train_portion,
-        epochs=options.pick_epochs or max(1, epochs // _SHORT),
         seed=config.seed,
         device=config.device,
         threads=config.threads,
         amp=config.amp,
     )
+    if options.pick_recipe is None:
+        short = dataclasses.replace(short, epochs=max(1, short.epochs // _SHORT))
     folder = TrainFolder(run.path / "short")
     training = Training(short)
     if not overwrite and (folder.path / "checkpoint.pt").exists():
