@@ -1,7 +1,8 @@
 """Genotypes: discrete architectures, and their written forms.
 
-One class for each family of spaces: :class:`Genotype` (DARTS), :class:`NASBench201Genotype`, and
-:class:`OneShotGenotype` (NAS-Bench-1Shot1 and NAS-Bench-101, whose operations lie on the nodes).
+One class for each family of spaces: :class:`Genotype` (DARTS), :class:`NASBench201Genotype`, :class:`OneShotGenotype`
+(NAS-Bench-1Shot1 and NAS-Bench-101, whose operations lie on the nodes), and :class:`ChainGenotype` (NAS-Bench-Macro and
+ProxylessNAS, one block after another).
 :func:`load_genotype` and :func:`parse_genotype` tell by the notation which one they have.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from fastnas._files import write_text
 
 _ENDS = ("input", "output")  # the labels of a NAS-Bench-101 cell's first and last node
+_MACRO = ("skip_connect", "mb3_3x3", "mb6_5x5")  # what NAS-Bench-Macro writes as 0, 1 and 2
 _MAX_NODES = 1000  # a written range() is expanded, so its length is bounded before that
 
 
@@ -435,7 +437,94 @@ class OneShotGenotype:
         return _load(Path(path), cls.from_json, cls.from_text)
 
 
-AnyGenotype = Genotype | NASBench201Genotype | OneShotGenotype
+@dataclass(frozen=True)
+class ChainGenotype:
+    """A network that is one block after another, each of its own choice: no cell is repeated.
+
+    A genotype is checked when it is made, so it always describes an architecture.
+
+    Attributes:
+        ops: The blocks, from the one that reads the stem to the last.
+
+    Raises:
+        ValueError: where there is none, or one is no name.
+    """
+
+    ops: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        ops = self.ops
+        if isinstance(ops, str) or not isinstance(ops, Sequence) or not ops:
+            raise ValueError(f"genotype: ops must be a list of operations, one a layer, got {_short(ops)}")
+        for layer, op in enumerate(ops):
+            if not isinstance(op, str) or not re.fullmatch(r"[^\s>(){}|]+", op):
+                raise ValueError(f"genotype: ops[{layer}] must be the name of an operation, got {_short(op)}")
+        object.__setattr__(self, "ops", tuple(str(op) for op in ops))
+
+    def validate(self, primitives: Iterable[str] | None = None) -> ChainGenotype:
+        """Returns the genotype itself.
+
+        Args:
+            primitives: the operations that may occur; any, where None.
+
+        Raises:
+            ValueError: for another operation; the message names the layer.
+        """
+        _check_ops(self.ops, primitives)
+        return self
+
+    def to_json(self) -> str:
+        """Returns a JSON object with the one field ``chain``."""
+        return json.dumps({"chain": list(self.ops)}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ChainGenotype:
+        """Returns the genotype that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: where ``text`` is no JSON object of exactly that field, or its value describes no chain.
+        """
+        return cls(_fields(text, ("chain",))["chain"])
+
+    def to_text(self) -> str:
+        """Returns ``op>op>op``; of the blocks of NAS-Bench-Macro the benchmark's notation, ``22212202``: a digit each.
+
+        A single block of another kind is followed by ``>``.
+        """
+        if set(self.ops) <= set(_MACRO):
+            return "".join(str(_MACRO.index(op)) for op in self.ops)
+        return ">".join(self.ops) + ">" * (len(self.ops) == 1)
+
+    @classmethod
+    def from_text(cls, text: str) -> ChainGenotype:
+        """Returns the genotype that :meth:`to_text` wrote.
+
+        Raises:
+            ValueError: where ``text`` is not in that notation.
+        """
+        text = text.strip()
+        if re.fullmatch("[012]+", text):
+            return cls(tuple(_MACRO[int(digit)] for digit in text))
+        if ">" not in text:
+            raise ValueError(f"genotype: expected op>op>... or digits from 0 to 2, got {_short(text)}")
+        return cls(tuple(op.strip() for op in text.removesuffix(">").split(">")))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the genotype: the notation of :meth:`to_text` where ``path`` ends in ``.txt``, else JSON."""
+        _save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ChainGenotype:
+        """Returns the genotype in a file, in JSON or in the notation of :meth:`to_text`.
+
+        Raises:
+            OSError: where the file cannot be read.
+            ValueError: where it holds no genotype; the message names the file.
+        """
+        return _load(Path(path), cls.from_json, cls.from_text)
+
+
+AnyGenotype = Genotype | NASBench201Genotype | OneShotGenotype | ChainGenotype
 """An architecture of any space."""
 
 
@@ -447,6 +536,8 @@ def parse_genotype(text: str) -> AnyGenotype:
     """
     start = text.lstrip()
     if start.startswith("{"):
+        if '"chain"' in text:
+            return ChainGenotype.from_json(text)
         if '"inputs"' in text:
             return OneShotGenotype.from_json(text)
         return NASBench201Genotype.from_json(text) if '"ops"' in text else Genotype.from_json(text)
@@ -454,6 +545,8 @@ def parse_genotype(text: str) -> AnyGenotype:
         return NASBench201Genotype.from_text(text)
     if "output(" in text and "Genotype(" not in text:
         return OneShotGenotype.from_text(text)
+    if re.fullmatch(r"[012]+\s*", start) or (">" in text and "Genotype(" not in text):
+        return ChainGenotype.from_text(text)
     return Genotype.from_text(text)
 
 

@@ -163,8 +163,8 @@ class MixedOp(nn.Module):
 
     def _sum(self, x: Tensor, weights: Tensor, choice: int | None) -> Tensor:
         if x.dim() != 4:
-            ops = list(self._ops) if choice is None else [self._ops[choice]]
-            return _sum_apart([op(x) for op in ops], weights, choice)
+            computed = list(range(len(self._ops))) if choice is None else [choice]
+            return _sum_apart([self._ops[o](x) for o in computed], weights, computed)
         return self.described(choice).run(x, weights)
 
     def described(self, choice: int | None = None) -> Plan:
@@ -280,8 +280,10 @@ class Plan:
 
     def _run_apart(self, x: Tensor, weights: Tensor, maps: list[Tensor]) -> Tensor:
         """The same for candidates whose outputs have another shape than one edge of the DARTS space gives."""
-        outputs, rest = [], list(maps)
-        for entry in self.entries if self.choice is None else [self.entries[self.choice]]:
+        outputs, rest, computed = [], list(maps), []
+        for o, entry in enumerate(self.entries):
+            if entry.candidate.kind == "none":
+                continue
             if entry.head is None:
                 raise ValueError(
                     f"candidates disagree in shape: {[tuple(m.shape) for m in maps]} beside {entry.candidate.kind}, "
@@ -289,13 +291,14 @@ class Plan:
                 )
             z = rest.pop(0)
             outputs.append(entry.norms[0](z) if entry.norms else z)
-        return _sum_apart(outputs, weights, self.choice)
+            computed.append(o)
+        return _sum_apart(outputs, weights, computed)
 
 
-def _sum_apart(outputs: list[Tensor], weights: Tensor, choice: int | None) -> Tensor:
-    """The sum of outputs, or of the chosen one, that may differ in dtype (under autocast), as torch promotes them."""
-    if choice is not None:
-        weights = weights[choice : choice + 1]
+def _sum_apart(outputs: list[Tensor], weights: Tensor, computed: Sequence[int]) -> Tensor:
+    """The sum of the outputs of some candidates, which may differ in dtype (under autocast), as torch promotes them."""
+    if len(computed) < len(weights):
+        weights = torch.stack([weights[o] for o in computed])
     dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
     return mixed_sum([y.to(dtype) for y in outputs], weights)
 

@@ -29,6 +29,7 @@ _TITLE = 0.36  # over a cell type
 _BLOCK = 0.6  # between two cell types
 _LEGEND_ROW = 0.22
 _SMALL, _MEDIUM = 7.5, 9.0
+_LINE = 4  # panels in a line of a chain
 _LONGEST = 16  # characters of a leader's name that have room beside the edge
 _STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 
@@ -45,8 +46,8 @@ def plot_alphas(
 ) -> Path:
     """Returns `path`, where the course of a search was drawn as PNG: a panel for each edge, a line for each primitive.
 
-    The panels of a row are the edges to one node; those of a column come from the same state. Each is headed by the
-    primitive that leads at the end.
+    The panels of a row are the edges to one node; those of a column come from the same state. Of a chain, whose nodes
+    have one edge each, the panels follow one another in lines. Each is headed by the primitive that leads at the end.
 
     Args:
         history: (T, E, O), what each of O primitives weighed on each of E edges at T points of time; or a mapping of
@@ -75,16 +76,16 @@ def alphas_figure(
 ) -> Figure:
     """Returns the picture that `plot_alphas` writes, with the same arguments."""
     cells = _cells(history, len(primitives), edges)
-    targets = sorted({i for i, _ in edges})
-    sources = sorted({j for _, j in edges})
+    grid = _grid(edges)
+    rows_of_panels, columns = (1 + max(place[axis] for place in grid) for axis in (0, 1))
 
     step = (_PANEL[0] + _BETWEEN[0], _PANEL[1] + _BETWEEN[1])
     legend_column = 0.55 + 0.07 * max(map(len, primitives))
-    across = max(len(sources) * step[0] - _BETWEEN[0], legend_column)
+    across = max(columns * step[0] - _BETWEEN[0], legend_column)
     rows = math.ceil(len(primitives) / int(across / legend_column))
     legend_height = rows * _LEGEND_ROW + 0.2
     heading = _HEADING + (_TITLE if any(cells) else 0)
-    block = heading + len(targets) * step[1] - _BETWEEN[1] + _BLOCK
+    block = heading + rows_of_panels * step[1] - _BETWEEN[1] + _BLOCK
     width = _LEFT + across + _RIGHT
     height = legend_height + len(cells) * block - _BLOCK + _BOTTOM
 
@@ -105,11 +106,11 @@ def alphas_figure(
                 va="center",
             )
         for e, (i, j) in enumerate(edges):
-            row, column = targets.index(i), sources.index(j)
+            row, column = grid[e]
             x = _LEFT + column * step[0]
             y = top - heading - row * step[1] - _PANEL[1]
             axes = figure.add_axes((x / width, y / height, _PANEL[0] / width, _PANEL[1] / height))
-            lowest = not any(b == j and a > i for a, b in edges)
+            lowest = not any(b == column and a > row for a, b in grid)
             _panel(axes, values[:, e], primitives, looks, limits, leftmost=column == 0, lowest=lowest)
             source = f"${inputs[j]}$" if j < len(inputs) else str(j - len(inputs))
             _heading(axes, rf"{source} $\rightarrow$ {i - len(inputs)}", values[-1, e], primitives)
@@ -133,6 +134,14 @@ def alphas_figure(
         columnspacing=1.4,
     )
     return figure
+
+
+def _grid(edges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the row and the column of each edge's panel."""
+    targets, sources = sorted({i for i, _ in edges}), sorted({j for _, j in edges})
+    if len(targets) == len(sources) == len(edges):
+        return [divmod(n, _LINE) for n in range(len(edges))]
+    return [(targets.index(i), sources.index(j)) for i, j in edges]
 
 
 def _cells(history: History, primitives: int, edges: Sequence[tuple[int, int]]) -> dict[str, npt.NDArray[np.float64]]:

@@ -1,4 +1,7 @@
-"""Pictures of cells: the states as nodes, the operations between them as labelled edges. Needs no graphviz."""
+"""Pictures of cells: the states as nodes, the operations between them as labelled edges. Needs no graphviz.
+
+A chain of blocks is drawn as one, in lines.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Patch, PathPatch, Polygon
 from matplotlib.path import Path
 
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, OneShotGenotype
+from fastnas.genotype import AnyGenotype, ChainGenotype, Genotype, NASBench201Genotype, OneShotGenotype
 
 from .layout import Box, link, place
 from .style import DPI, FAINT, INK, MONO, SANS, SLATE, op_color, save, tint
@@ -36,6 +39,8 @@ _LABEL_PADDING = 0.11
 _CHARACTER = 0.602 * _LABEL_SIZE / 72  # advance of DejaVu Sans Mono
 _PORT = 0.11  # between two edges at one node
 _ARROW = 0.085
+_LINE = 6  # boxes in a line of a chain
+_BETWEEN = (0.34, 0.36)  # two boxes of a line, and two lines
 
 
 @dataclass(eq=False)
@@ -79,6 +84,8 @@ def draw_genotype(genotype: AnyGenotype | Mapping[str, Any], directory: str | os
     if isinstance(genotype, OneShotGenotype):
         items, drawn = _graph_of_nodes(genotype)
         return (save(_figure(items, drawn, "Cell"), FilePath(directory) / "cell.png"),)
+    if isinstance(genotype, ChainGenotype):
+        return (save(_chain_figure(genotype, "Chain"), FilePath(directory) / "cell.png"),)
     if isinstance(genotype, Mapping):
         missing = [name for name in Genotype._fields if name not in genotype]
         if missing:
@@ -199,8 +206,7 @@ def _graph(
     drawn = []
     for op, i, j in edges:
         color = op_color(op)
-        width = len(op) * _CHARACTER + 2 * _LABEL_PADDING
-        label = _Item(column[i] - 1, _LABEL_HEIGHT, text=op, width=width, color=color)
+        label = _Item(column[i] - 1, _LABEL_HEIGHT, text=op, width=_label_width(op), color=color)
         passed = [_Item(c, 0.0, through=True) for c in range(column[j] + 1, column[i] - 1)]
         drawn.append(_Edge([nodes[j], *passed, label, nodes[i]], color, 1.6))
         items += [*passed, label]
@@ -221,8 +227,7 @@ def _graph_of_nodes(genotype: OneShotGenotype) -> tuple[list[_Item], list[_Edge]
     column[-1] = max(column[-1], 1 + max(column[:-1]))
     nodes = [_Item(0, _NODE, text=f"${INPUTS[-1]}$", width=_END_WIDTH)]
     for op, c in zip(genotype.ops, column[1:-1], strict=True):
-        width = len(op) * _CHARACTER + 2 * _LABEL_PADDING
-        nodes.append(_Item(c, _LABEL_HEIGHT, text=op, width=width, color=op_color(op)))
+        nodes.append(_Item(c, _LABEL_HEIGHT, text=op, width=_label_width(op), color=op_color(op)))
     nodes.append(_Item(column[-1], _NODE, text=f"${OUTPUT}$", width=_END_WIDTH))
     items, drawn = list(nodes), []
     for node, read in zip(nodes[1:], genotype.inputs, strict=True):
@@ -233,6 +238,46 @@ def _graph_of_nodes(genotype: OneShotGenotype) -> tuple[list[_Item], list[_Edge]
     for edge in drawn:
         link(edge.chain)
     return items, drawn
+
+
+def _chain_figure(genotype: ChainGenotype, title: str) -> Figure:
+    """Returns the picture of a chain: boxes in lines, of which every other one runs from right to left."""
+    labels = [_Item(0, _LABEL_HEIGHT, text=op, width=_label_width(op), color=op_color(op)) for op in genotype.ops]
+    ends = [_Item(0, _NODE, text=name, width=_END_WIDTH) for name in ("input", "output")]
+    items = [ends[0], *labels, ends[1]]
+    step = (max(item.width for item in items) + _BETWEEN[0], _NODE + _BETWEEN[1])
+    lines = math.ceil(len(items) / _LINE)
+    width = min(len(items), _LINE) * step[0] - _BETWEEN[0] + 2 * _MARGIN
+    height = lines * step[1] - _BETWEEN[1] + 2 * _MARGIN + _TITLE
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.text(
+        _MARGIN, height - _MARGIN - _TITLE / 4, title, color=INK, family=SANS, size=13, weight="bold", va="center"
+    )
+    places = []
+    for n, item in enumerate(items):
+        line, column = divmod(n, _LINE)
+        column = _LINE - 1 - column if line % 2 else column
+        item.y = height - _TITLE - _MARGIN - _NODE / 2 - line * step[1]
+        places.append(_MARGIN + (step[0] - _BETWEEN[0]) / 2 + column * step[0])
+        _draw_item(axes, item, places[-1])
+    for (before, x0), (item, x1) in pairwise(zip(items, places, strict=True)):
+        if item.y == before.y:
+            side = math.copysign(1, x1 - x0)
+            tail, tip = (x0 + side * before.width / 2, item.y), (x1 - side * item.width / 2, item.y)
+        else:
+            tail, tip = (x0, before.y - before.height / 2), (x1, item.y + item.height / 2)
+        axes.annotate(
+            "", tip, tail, arrowprops={"arrowstyle": "-|>", "color": item.color, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+        )
+    return figure
+
+
+def _label_width(op: str) -> float:
+    return len(op) * _CHARACTER + 2 * _LABEL_PADDING
 
 
 def _ports(edges: list[_Edge]) -> list[tuple[_Edge, float, float]]:

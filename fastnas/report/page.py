@@ -20,7 +20,7 @@ import yaml
 from markupsafe import Markup
 
 from fastnas._files import write_text
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, load_genotype, parse_genotype
+from fastnas.genotype import AnyGenotype, ChainGenotype, Genotype, NASBench201Genotype, load_genotype, parse_genotype
 
 from .cell import draw_genotype
 from .curves import BLUE, GREEN, ORANGE, PURPLE, Band, Line, Stage, curves_svg
@@ -465,6 +465,8 @@ def _slots(genotype: AnyGenotype | str) -> dict[str, tuple[str, ...]]:
                 kept = sorted(edges[2 * node : 2 * node + 2], key=lambda edge: edge[1])
                 slots[f"{name} {node}"] = tuple(f"{op}({_state(j)})" for op, j in kept)
         return slots
+    if isinstance(genotype, ChainGenotype):
+        return {f"layer {n}": (op,) for n, op in enumerate(genotype.ops)}
     names = [*(f"node {n}" for n in range(1, len(genotype.ops) + 1)), "output"]
     read = [",".join(map(str, nodes)) for nodes in genotype.inputs]
     return {name: (f"{op}({nodes})",) for name, op, nodes in zip(names, [*genotype.ops, ""], read, strict=True)}

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastnas.saliency._registry import Batch, Saliency, get_saliency
 from fastnas.spaces import Space
+from fastnas.spaces._registry import allowed
 
 PRUNING = ("once", "candidates", "edges")
 
@@ -114,6 +115,7 @@ class FreeDarts:
         if self.pruning == "once":
             return scores
         alive = {t: torch.ones_like(s, dtype=torch.bool) for t, s in scores.items()}
+        alive |= {t: table.to(self._device) for t, table in allowed(self.space).items()}
         if "none" in self.space.primitives:
             column = self.space.primitives.index("none")
             for mask in alive.values():

@@ -29,7 +29,8 @@ def linearised(network: nn.Module) -> Iterator[None]:
     """Makes the network positively homogeneous in the block: θ becomes |θ|, batch norms pass on what they are given.
 
     Biases are left out, the classifier's too, and modules are in evaluation mode, so that dropout does nothing. On a
-    non-negative input ReLU does nothing either, and a network of convolutions and average pools is linear.
+    non-negative input ReLU does nothing either, nor does ReLU6, which has no bound in the block, and a network of
+    convolutions and average pools is linear.
 
     Afterwards, also where the block raises, every parameter, buffer and mode is what it was, bit for bit. Don't change
     the network in the block.
@@ -43,6 +44,7 @@ def linearised(network: nn.Module) -> Iterator[None]:
         raise ValueError(f"network has a {other[0]}: only batch norms can be left out, so that what remains is linear")
     training = [m for m in modules if m.__dict__["training"]]
     norms = [m for m in modules if isinstance(m, _BatchNorm)]
+    bounded = [m for m in modules if isinstance(m, nn.ReLU6)]
     kept = [(n.eps, dict(n._buffers)) for n in norms]
     # a norm's weight and everybody's bias
     left_out = [(n._parameters, "weight", n._parameters["weight"]) for n in norms]
@@ -58,6 +60,8 @@ def linearised(network: nn.Module) -> Iterator[None]:
             m.__dict__["training"] = False
         for owner, name, _ in left_out:
             owner[name] = None
+        for m in bounded:
+            m.__dict__["max_val"] = math.inf
         like = next(network.parameters(), torch.empty(0))
         for n in norms:
             if n.num_features not in unit:
@@ -80,6 +84,8 @@ def linearised(network: nn.Module) -> Iterator[None]:
             n._buffers.update(buffers)
         for owner, name, value in left_out:
             owner[name] = value
+        for m in bounded:
+            m.__dict__["max_val"] = 6.0
         for m in training:
             m.__dict__["training"] = True
 

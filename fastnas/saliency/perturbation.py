@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastnas.genotype import AnyGenotype
 from fastnas.saliency._registry import Batch, Score, get_score
 from fastnas.spaces import DartsSpace, Space
+from fastnas.spaces._registry import allowed
 
 _Tables = dict[str, Tensor]
 
@@ -112,6 +113,7 @@ class _Search:
         self._generator = generator
         self._on_choice = on_choice
         self._kept = [o for o, p in enumerate(space.primitives) if p != "none"]
+        self._allowed = allowed(space)
         # The nodes that have to give up inputs, in each cell type.
         self._nodes: dict[int, list[int]] = {}
         if isinstance(space, DartsSpace):
@@ -129,8 +131,9 @@ class _Search:
         # What derive() is given: larger is better, and what is dropped has −inf.
         scores = {t: torch.full(shape, -torch.inf, dtype=torch.float64) for t in self._space.cell_types}
         for cell_type, e in self._shuffled([(t, e) for t in self._space.cell_types for e in range(shape[0])]):
-            losses = [self._without(weights, cell_type, (e, o)) for o in self._kept]
-            keep = self._kept[_lowest(losses, f"edge {self._space.edges[e]} of {cell_type!r}")]
+            there = [o for o in self._kept if cell_type not in self._allowed or self._allowed[cell_type][e, o]]
+            losses = [self._without(weights, cell_type, (e, o)) for o in there]
+            keep = there[_lowest(losses, f"edge {self._space.edges[e]} of {cell_type!r}")]
             weights[cell_type][e] = 0
             weights[cell_type][e, keep] = 1
             scores[cell_type][e, keep] = 0

@@ -71,7 +71,8 @@ class RankOptions:
         key: The table's column of architectures.
         column: The table's column that the scores are compared with.
         channels: Channels of the first cells. linear_regions wants 1.
-        layers: Cells of a stage in nb201 (linear_regions wants 1); cells of the network in the other spaces.
+        layers: Cells of a stage in nb201 (linear_regions wants 1); cells of the network in the other spaces. 0 is all
+            of a chain, and 5 elsewhere.
         data: Where the images are from. noise is normally distributed pixels under random labels.
         root: Where the data set lies; for npz, the file.
         batch_size: Images that every network is scored on. linear_regions wants thousands.
@@ -90,7 +91,7 @@ class RankOptions:
     key: str = "arch"
     column: str = "c10_test_e200"
     channels: int = 16
-    layers: int = 5
+    layers: int = 0
     data: str = "noise"
     root: str | None = None
     batch_size: int = 64
@@ -107,6 +108,8 @@ class RankOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(names)}")
         if self.sample != "all" and not (self.sample.isdecimal() and int(self.sample) >= 1):
             raise ValueError(f"sample={self.sample!r}: expected a whole number of at least 1, or all")
+        if self.layers == 0:
+            object.__setattr__(self, "layers", getattr(get_space(self.space), "layers", 5))
         for name in ("channels", "layers", "batch_size", "image_size", "jobs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least 1")

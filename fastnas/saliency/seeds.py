@@ -24,7 +24,7 @@ from fastnas.nn.stems import STEMS
 from fastnas.saliency.batches import SOURCES, BatchSource
 from fastnas.saliency.freedarts import PRUNING, FreeDarts
 from fastnas.spaces import SPACES, Space, get_space
-from fastnas.tabular import Table, nasbench1shot1, nasbench201, nasbench301
+from fastnas.tabular import Table, nasbench1shot1, nasbench201, nasbench301, nasbench_macro
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ScoreOptions:
         draws: Draws of the alphas whose scores are averaged; 0 takes them at their expectation instead.
         pruning: once scores once; candidates and edges score again after each cut.
         channels: Channels of the first cell.
-        layers: Cells of the supernet; of a stage in nb201. 0 is the space's own number.
+        layers: Cells of the supernet; of a stage in nb201. 0 is the space's own number, the only one of a chain.
         stem: What comes before the cells of darts: cifar, or imagenet for images of 224 pixels.
         data: Where the batch comes from; noise needs no files. synflow looks at the images' shape alone.
         root: Where the data set lies.
@@ -164,6 +164,8 @@ def _lookup(space: str, path: str) -> Callable[[Any], dict[str, float]]:
         return lambda genotype: (
             {name: 100 * (1 - error) for name, error in cells.find(genotype).items()} if genotype in cells else nothing
         )
+    if space == "nb-macro":
+        return nasbench_macro.load(path).select({"cifar10-test": "cifar10-test"}).find
     table = Table.load(path)
     if space == "nb201" and set(nasbench201.COLUMNS.values()) <= set(table.columns):
         table = table.select(nasbench201.COLUMNS)

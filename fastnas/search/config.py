@@ -36,9 +36,10 @@ class SpaceOptions:
         stages: A progressive search (DrNAS): a list of stages [k, operations, epochs, warm-up]. Each one starts with
             the best operations of every edge, that many, and with wider ones where its k is smaller; its first epochs
             leave the alphas alone. [] is one stage of the options k, epochs and alpha_warmup.
-        channels: Channels of the first cell. Each reduction cell doubles them.
+        channels: Channels of the first cell; each reduction cell doubles them. Of a chain, channels of the stem, to
+            which all others are in proportion.
         layers: Cells of the supernet; those at 1/3 and 2/3 of the depth are reduction cells, so there are 3 or more. In
-            the space nb201: cells of each of the three stages, 1 or more.
+            the space nb201: cells of each of the three stages, 1 or more. A chain has but its own number of layers.
     """
 
     space: str = "darts"
@@ -161,7 +162,7 @@ class MeasureOptions:
             the discretisation gap.
         table: A CSV file, gzipped or not, with what the space's architectures are worth, in which the architecture so
             far is looked up.
-        columns: The table's columns of interest. [] is test accuracies of NAS-Bench-201, or every column.
+        columns: The table's columns of interest. [] is test accuracies of NAS-Bench-201 or -Macro, or every column.
         samples: Architectures that are drawn and looked up in the table, for their mean and their spread: derived from
             random weights, or an operation an edge by the weights of a relaxation that is not random. 0 is none.
         hessian: Every so many epochs, the Hessian of the loss on one batch of validation images with respect to the

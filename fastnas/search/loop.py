@@ -25,6 +25,7 @@ from fastnas.runs.checkpoint import CheckpointError
 from fastnas.runs.machine import AMP, GPU_READ_EVERY, DivergenceError, describe, peak_memory, seed_of, settings
 from fastnas.search import perturbation
 from fastnas.search.architect import Batch, Bilevel, first_order, second_order
+from fastnas.search.candidates import Candidates
 from fastnas.search.chance import Chance
 from fastnas.search.checkpoint import CHECKPOINTS
 from fastnas.search.config import SearchConfig, Stage
@@ -34,6 +35,7 @@ from fastnas.search.measures import Measures
 from fastnas.search.regularizers import get_regularizer
 from fastnas.search.stages import reshape
 from fastnas.spaces import get_space
+from fastnas.spaces._registry import allowed
 from fastnas.spaces._tables import draw
 
 Arguments = dict[str, Any]
@@ -181,6 +183,7 @@ class Search:
         self._edge_alphas = self._init_edge_alphas() if config.edge_normalization else {}
         self._chance = Chance(self.device, seed_of(config.seed, "chance"))
         self.kept: dict[str, Tensor] = {}
+        self._candidates = self._candidates_of_edges()
         self._regularizer = get_regularizer(config.regularizer)
         self._weight_optimizer = self._sgd({})
         self._alpha_optimizer = self._optimizer_of_alphas()
@@ -202,6 +205,7 @@ class Search:
         """Checks the options that not every space has room for."""
         c, space = self.config, self.space
         widths = {alpha.shape[1] for alpha in self.alphas.values()}
+        fewest = min(widths | {int(table.sum(1).min()) for table in allowed(space).values()})
         if any(alpha.shape != (len(space.edges), len(space.primitives)) for alpha in self.alphas.values()):
             wanted = {
                 "stages": (bool(c.stages), "[]"),
@@ -221,6 +225,8 @@ class Search:
                     f"stages={c.stages}: stage {n + 1} has {stage.ops} of {max(widths)} operations; the first stage "
                     f"has all, which 0 stands for as well, and no other has more"
                 )
+            if n and stage.ops > fewest:
+                raise ValueError(f"stages={c.stages}: stage {n + 1} has {stage.ops} operations, some edges {fewest}")
             if stage.ops == 1 and "none" in space.primitives:
                 raise ValueError(f"stages={c.stages}: one operation may be none on every edge; keep 2 or more")
 
@@ -489,21 +495,20 @@ class Search:
     def _perturbed(self, arguments: Arguments, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Returns weights for one step of the network's parameters that are disturbed, within the epoch's radius."""
         generator = self._chance.generator
-        weights: dict[str, Tensor] = arguments["weights"]
-        if self.kept:  # those of pruned operations stay 0
-            weights = {name: table.gather(1, self.kept[name]) for name, table in weights.items()}
+        weights = self._candidates.split(arguments["weights"])  # those of pruned operations stay 0
         epsilon = perturbation.radius(self.epoch, self.config.epochs, *self.config.perturbation_radius)
         if self.config.perturbation == "random":
             found = perturbation.random(weights, epsilon, generator)
         else:
 
             def loss(tables: dict[str, Tensor]) -> Tensor:
-                whole = {name: self._scattered(name, table) for name, table in tables.items()}
-                return F.cross_entropy(self._logits(images, {**arguments, "weights": whole}), labels)
+                return F.cross_entropy(
+                    self._logits(images, {**arguments, "weights": self._candidates.join(tables)}), labels
+                )
 
             with preserved(self.supernet, training=False):
                 found = perturbation.adversarial(weights, epsilon, loss, self._bilevel.parameters, generator)
-        return {name: self._scattered(name, table) for name, table in found.items()}
+        return self._candidates.join(found)
 
     def _end_epoch(self) -> EpochRecord:
         start = time.perf_counter()
@@ -522,7 +527,7 @@ class Search:
             **self.progress(),
             valid_loss=valid_loss,
             valid_accuracy=valid_accuracy,
-            alpha_spread=alpha_spread(self.alphas, self.kept),
+            alpha_spread=alpha_spread(self._candidates.split(self.alphas)),
             entropy=sum(torch.special.entr(row).sum().item() for row in rows) / len(rows),
             genotype=genotype.to_text(),
             measures=self.measures(self, genotype),
@@ -551,6 +556,7 @@ class Search:
     def _reshape(self, kept: dict[str, Tensor]) -> None:
         """Gives the supernet the form of the stage: the kept operations, and its k; momentum goes along."""
         self.kept = kept
+        self._candidates = self._candidates_of_edges()
         replaced = reshape(self.supernet, kept, self._current_stage.k, self._generator(f"stage {self.stage}"))
         state: dict[Tensor, Any] = dict(self._weight_optimizer.state)
         for record in replaced:
@@ -625,12 +631,13 @@ class Search:
         extra = {} if edges is None else {"edge_weights": {name: e.detach() for name, e in edges.items()}}
 
         def loss(weights: dict[str, Tensor]) -> Tensor:
-            tables = {name: self._scattered(name, table) for name, table in weights.items()}
-            return F.cross_entropy(self._logits(images, {"weights": tables, **extra}), labels)
+            return F.cross_entropy(self._logits(images, {"weights": self._candidates.join(weights), **extra}), labels)
 
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, f"hessian {self.epoch}"))
         with self._chance.repeated(), self._without_dropout(), self._whole_cells():
-            found = curvature(self.supernet, loss, self._kept_alphas(), self.relaxation, generator=generator)
+            found = curvature(
+                self.supernet, loss, self._candidates.split(self.alphas), self.relaxation, generator=generator
+            )
         values = {f"hessian/{name}": value for name, value in asdict(found).items()}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -738,19 +745,17 @@ class Search:
         }
 
     def _tables(self, relax: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Returns the weights of all candidates: what ``relax`` makes of the kept ones' alphas, 0 for the others."""
-        return {name: self._scattered(name, relax(alpha)) for name, alpha in self._kept_alphas().items()}
+        """Returns the weights of all candidates: what ``relax`` makes of the alphas of those there are, and 0."""
+        return self._candidates.join(
+            {name: relax(alpha) for name, alpha in self._candidates.split(self.alphas).items()}
+        )
 
-    def _kept_alphas(self) -> dict[str, Tensor]:
-        if not self.kept:
-            return self.alphas
-        return {name: alpha.gather(1, self.kept[name]) for name, alpha in self.alphas.items()}
-
-    def _scattered(self, name: str, weights: Tensor) -> Tensor:
-        """Returns the weights of the kept operations, (E, n), with 0 for the others, (E, O)."""
-        if not self.kept:
-            return weights
-        return torch.zeros_like(self.alphas[name]).scatter(1, self.kept[name], weights)
+    def _candidates_of_edges(self) -> Candidates:
+        has = {name: table.to(self.device) for name, table in allowed(self.space).items()}
+        if self.kept:  # of what is allowed
+            none = {name: torch.zeros_like(alpha, dtype=torch.bool) for name, alpha in self.alphas.items()}
+            has = {name: none[name].scatter(1, kept, True) for name, kept in self.kept.items()}
+        return Candidates(has)
 
     @torch.no_grad()
     def mean_weights(self) -> dict[str, Tensor]:
@@ -817,14 +822,13 @@ def search(
     return Search(config, data=data).run(on_step=on_step, on_epoch=on_epoch)
 
 
-def alpha_spread(alphas: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> float:
+def alpha_spread(alphas: Mapping[str, Tensor]) -> float:
     """Returns max - min of an edge's alphas, averaged over all edges: how far the search has moved them apart.
 
     Args:
         alphas: Tables (E, O).
-        kept: Indices (E, n) of the operations that count; all where there are none.
     """
-    tables = [alpha.detach() if not kept else alpha.detach().gather(1, kept[name]) for name, alpha in alphas.items()]
+    tables = [alpha.detach() for alpha in alphas.values()]
     return torch.cat([table.amax(1) - table.amin(1) for table in tables]).mean().item()
 
 

@@ -25,7 +25,7 @@ from fastnas.tabular import Table, open_table
 if TYPE_CHECKING:
     from fastnas.search.loop import Search
 
-_TESTS = ("c10_test_e200", "c100_test_e200", "in16_test_e200")
+_TESTS = ("c10_test_e200", "c100_test_e200", "in16_test_e200", "cifar10-test")
 
 
 class Measures:

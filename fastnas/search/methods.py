@@ -118,6 +118,7 @@ _DEFAULTS: Mapping[str, Value] = MappingProxyType(
 # NAS-Bench-201's own searches (arXiv:2001.00326, appendix) step the weights first, and by Nesterov's momentum.
 # NAS-Bench-1Shot1's are those of DARTS with 9 cells and batches of 96 (arXiv:2001.10422, appendix).
 _ONE_SHOT: Mapping[str, Value] = MappingProxyType({"layers": 9, "batch_size": 96})
+_PROXYLESS: Mapping[str, Value] = MappingProxyType({"channels": 32, "layers": 21})
 _SPACES: Mapping[str, Mapping[str, Value]] = MappingProxyType(
     {
         "nb201": MappingProxyType(
@@ -126,6 +127,9 @@ _SPACES: Mapping[str, Mapping[str, Value]] = MappingProxyType(
         "nb1shot1-s1": _ONE_SHOT,
         "nb1shot1-s2": _ONE_SHOT,
         "nb1shot1-s3": _ONE_SHOT,
+        "nb-macro": MappingProxyType({"channels": 32, "layers": 8}),
+        "proxyless": _PROXYLESS,
+        "proxyless-cifar": _PROXYLESS,
     }
 )
 

@@ -11,7 +11,12 @@ from fastnas.genotype import AnyGenotype
 
 
 class Space(Protocol):
-    """What a search asks of a space."""
+    """What a search asks of a space.
+
+    A space may also have ``all()``, which yields every architecture once; ``layers``, the one number of them that it
+    has; and ``allowed``, for each cell type bool (E, O): the candidates that an edge has, where not all edges have all.
+    The others weigh nothing, and are never derived.
+    """
 
     @property
     def name(self) -> str:
@@ -74,6 +79,13 @@ class Space(Protocol):
 
 
 SPACES: Registry[Space] = Registry("space")
+
+
+def allowed(space: Space) -> dict[str, Tensor]:
+    """Returns which candidates edges have, bool (E, O), for each cell type some of whose edges lack one."""
+    tables: Mapping[str, Tensor] = getattr(space, "allowed", {})
+    return {name: table for name, table in tables.items() if not table.all()}
+
 
 _S = TypeVar("_S", bound=Space)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fastnas.tabular import nasbench1shot1
+from fastnas.tabular import nasbench1shot1, nasbench_macro
 from fastnas.tabular.table import Table
 
 __all__ = ["Table", "open_table"]
@@ -15,7 +15,7 @@ def open_table(path: str | os.PathLike[str], space: str, key: str = "arch") -> T
 
     Args:
         path: The file, see :meth:`Table.load`; for the spaces of NAS-Bench-1Shot1, see
-            :func:`fastnas.tabular.nasbench1shot1.load`.
+            :func:`fastnas.tabular.nasbench1shot1.load`, for nb-macro :func:`fastnas.tabular.nasbench_macro.load`.
         space: The space's name.
         key: The column that holds the architectures' written form.
 
@@ -25,4 +25,6 @@ def open_table(path: str | os.PathLike[str], space: str, key: str = "arch") -> T
     """
     if space.startswith("nb1shot1"):
         return nasbench1shot1.load(path)
+    if space == "nb-macro":
+        return nasbench_macro.load(path, key=key)
     return Table.load(path, key)
