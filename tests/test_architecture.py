@@ -18,6 +18,7 @@ LAYERS = [
     {"__main__"},
     {"cli", "compat"},
     {"commands"},
+    {"study"},
     {"search", "saliency", "train"},
     {"inference"},
     {"report"},

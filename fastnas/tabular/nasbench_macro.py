@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fastnas.genotype import ChainGenotype
 from fastnas.tabular.table import Table
 
 COLUMNS: Mapping[str, str] = MappingProxyType(
