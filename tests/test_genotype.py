@@ -8,7 +8,14 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype, load_genotype, parse_genotype
+from fastnas.genotype import (
+    ChainGenotype,
+    Genotype,
+    NASBench201Genotype,
+    OneShotGenotype,
+    load_genotype,
+    parse_genotype,
+)
 
 EDGES = [
     ("sep_conv_3x3", 1),
@@ -441,7 +448,40 @@ def test_one_shot_validation_of_primitives():
         GRAPH.validate(["conv3x3-bn-relu"])
 
 
-@pytest.mark.parametrize("genotype", [GENOTYPE, CELL, GRAPH], ids=["darts", "nasbench201", "one-shot"])
+MACRO = ChainGenotype.from_text("22212202")
+CHAIN = ChainGenotype(("mbconv3_3x3", "skip_connect", "mbconv6_7x7"))
+
+
+def test_chain_notations():
+    assert MACRO.ops == tuple(("skip_connect", "mb3_3x3", "mb6_5x5")[int(digit)] for digit in "22212202")
+    assert MACRO.to_text() == "22212202"
+    assert CHAIN.to_text() == "mbconv3_3x3>skip_connect>mbconv6_7x7"
+    assert ChainGenotype.from_text(" mbconv3_3x3 > skip_connect > mbconv6_7x7 ") == CHAIN
+    assert json.loads(CHAIN.to_json()) == {"chain": list(CHAIN.ops)}
+    assert len({CHAIN, ChainGenotype(list(CHAIN.ops)), pickle.loads(pickle.dumps(CHAIN))}) == 1
+    alone = ChainGenotype(("mbconv3_3x3",))
+    assert alone.to_text() == "mbconv3_3x3>"
+    assert parse_genotype(alone.to_text()) == alone
+    assert parse_genotype("0\n").ops == ("skip_connect",)
+    with pytest.raises(ValueError, match=r"ops\[1\] is the unknown op 'skip_connect'"):
+        CHAIN.validate(["mbconv3_3x3", "mbconv6_7x7"])
+
+
+@pytest.mark.parametrize("ops", [(), "abc", ("a", 1), ("a", "b>c"), ("a", ""), ("a b",), None])
+def test_chain_errors(ops):
+    with pytest.raises(ValueError, match="genotype: ops"):
+        ChainGenotype(ops)
+
+
+@pytest.mark.parametrize("text", ["", "013", "mbconv3_3x3", ">", "a>>b", "a>b(c)", "|none~0|"])
+def test_chain_text_errors(text):
+    with pytest.raises(ValueError, match="genotype: "):
+        ChainGenotype.from_text(text)
+
+
+@pytest.mark.parametrize(
+    "genotype", [GENOTYPE, CELL, GRAPH, MACRO, CHAIN], ids=["darts", "nasbench201", "one-shot", "macro", "chain"]
+)
 @pytest.mark.parametrize("name", ["genotype.json", "genotype.txt"])
 def test_every_notation_is_recognised(tmp_path, genotype, name):
     assert parse_genotype(genotype.to_text()) == parse_genotype(genotype.to_json()) == genotype

@@ -237,6 +237,8 @@ class ChainSupernet(_Chain):
         if path is not None:
             for i, choice in enumerate(path["chain"]):
                 check_choice(f"path[{i}]", choice, table.shape[1])
+                if type(self.features[i]._ops[choice]) is Zero:  # type: ignore[union-attr, index]
+                    raise ValueError(f"path[{i}]={choice}: layer {i} does not have that choice, or has lost it")
 
         def run(i: int, layer: nn.Module, state: Tensor) -> Tensor:
             choice = None if path is None else path["chain"][i]

@@ -43,10 +43,11 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
 def active_units(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Returns which units are active, bool (N, units), for every call of a ReLU in one forward.
 
-    Batch norms use the batch's statistics. ReLUs that the logits do not depend on are left out.
+    Batch norms use the batch's statistics. ReLUs that the logits do not depend on are left out. ReLU6 is active above 0
+    as well: its upper bound, which normalised maps hardly reach, is not looked at.
 
     Raises:
-        ValueError: where the network has no ``nn.ReLU`` or calls none, or as :func:`logits_of`.
+        ValueError: where the network has no ``nn.ReLU`` or ``nn.ReLU6`` or calls none, or as :func:`logits_of`.
     """
     found: list[tuple[Node | None, Tensor]] = []
 
@@ -59,10 +60,10 @@ def active_units(network: nn.Module, images: Tensor) -> list[Tensor]:
             active = active.permute(0, 2, 3, 1)
         found.append((output.grad_fn, active.flatten(1)))
 
-    with preserved(network, training=True), hooked(network, nn.ReLU, hook), torch.enable_grad():
+    with preserved(network, training=True), hooked(network, (nn.ReLU, nn.ReLU6), hook), torch.enable_grad():
         logits = logits_of(network, images.detach().clone().requires_grad_())
     if not found:
-        raise ValueError("network calls none of its nn.ReLU modules, which this score looks at")
+        raise ValueError("network calls none of its ReLU modules, which this score looks at")
     reached = _graph(logits)
     return [active for node, active in found if node in reached]
 

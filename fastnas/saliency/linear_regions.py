@@ -16,8 +16,8 @@ def linear_regions(network: nn.Module, batch: Batch) -> Tensor:
 
     Between the boundaries of such patterns a network of ReLUs is linear. The count is at most the number of
     images, and a network of usual width reaches that: take a narrow one (one channel, one cell a stage), small
-    images and thousands of them, as TE-NAS does. Each call of an ``nn.ReLU`` that the logits depend on counts;
-    batch norms use the batch's statistics. Labels are not looked at.
+    images and thousands of them, as TE-NAS does. Each call of an ``nn.ReLU`` that the logits depend on counts, and of
+    an ``nn.ReLU6`` its lower bound; batch norms use the batch's statistics. Labels are not looked at.
 
     Raises:
         ValueError: for an empty batch, a network that calls no ``nn.ReLU``, or logits that are not finite.

@@ -16,8 +16,8 @@ def naswot(network: nn.Module, batch: Batch) -> Tensor:
     """Returns log|det K|, K_ij = N_A − d_H(c_i, c_j), float64.
 
     c_i is the binary code of image i: which of the N_A units behind the network's ReLUs are active; d_H is the Hamming
-    distance. Each call of an ``nn.ReLU`` that the logits depend on counts; batch norms use the batch's statistics.
-    Labels are not looked at. Where two images have the same code, the determinant is 0 and the score −inf.
+    distance. Each call of an ``nn.ReLU`` or ``nn.ReLU6`` that the logits depend on counts; batch norms use the batch's
+    statistics. Labels are not looked at. Where two images have the same code, the determinant is 0 and the score −inf.
 
     Raises:
         ValueError: for fewer than two images, a network that calls no ``nn.ReLU``, or logits that are not finite.

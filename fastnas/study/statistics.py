@@ -128,7 +128,7 @@ def top_k(score: npt.ArrayLike, truth: npt.ArrayLike, k: int | Sequence[int] | N
     best = np.maximum.accumulate(t)
     starts = np.searchsorted(-s, -s, side="left")  # of the architectures of equal score
     ends = np.searchsorted(-s, -s, side="right")
-    result = best[ks - 1].copy()
+    result: Floats = best[ks - 1]
     for start in np.unique(starts[ks - 1][ends[ks - 1] > ks]):
         # j of the equal ones count, at random; the best before them is there in any case
         end = ends[start]
@@ -155,10 +155,12 @@ def random_top_k(
         quantiles: Q numbers from 0 to 1.
 
     Raises:
-        ValueError: for another shape, NaN, or a number out of range.
+        ValueError: for another shape, a ground truth that is not finite, or a number out of range.
     """
     t = np.sort(_vector("truth", truth))
     n, ks = len(t), _sizes(k, len(t))
+    if not np.isfinite(t).all():
+        raise ValueError("truth must be finite, or the best of some architectures has no mean: leave others out")
     qs = np.asarray(quantiles, np.float64)
     if qs.ndim != 1 or not ((qs >= 0) & (qs <= 1)).all():
         raise ValueError(f"quantiles={quantiles} must be numbers from 0 to 1")
@@ -301,7 +303,8 @@ def _top(values: Floats, k: int) -> Floats:
     """Returns for each value the probability that it is among the k largest, (N,): 0 or 1 but for equal ones."""
     edge = np.partition(values, len(values) - k)[len(values) - k]
     above, equal = values > edge, values == edge
-    return above + equal * ((k - above.sum()) / equal.sum())
+    share: Floats = above + equal * ((k - above.sum()) / equal.sum())
+    return share
 
 
 def _sizes(k: int | Sequence[int] | npt.NDArray[np.int64] | None, n: int) -> npt.NDArray[np.int64]:

@@ -18,7 +18,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.text import Text
 from matplotlib.transforms import Affine2D
 
-from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype
+from fastnas.genotype import ChainGenotype, Genotype, NASBench201Genotype, OneShotGenotype
 from fastnas.report import (
     alphas_figure,
     cell_figure,
@@ -30,7 +30,8 @@ from fastnas.report import (
     scatter_figure,
     style,
 )
-from fastnas.report.cell import _graph_of_nodes
+from fastnas.report.alphas import _grid
+from fastnas.report.cell import _chain_figure, _graph_of_nodes
 
 OPS = ["max_pool_3x3", "avg_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
 DARTS_V2 = Genotype(
@@ -417,6 +418,7 @@ def test_scatter_errors(scores, values, message, tmp_path):
         NASBench201Genotype(("nor_conv_3x3", "skip_connect", "none", "avg_pool_3x3", "nor_conv_1x1", "none")),
         OneShotGenotype((), ((0,),)),
         OneShotGenotype(("conv3x3-bn-relu", "maxpool3x3", "conv1x1-bn-relu"), ((0,), (0, 1), (1,), (0, 2))),
+        ChainGenotype.from_text("01"),
     ],
 )
 def test_cells_of_other_spaces(genotype, tmp_path):
@@ -438,3 +440,31 @@ def test_operations_on_nodes_are_labels():
         assert columns == list(range(columns[0], columns[-1] + 1))
     # the loose end is left of the output
     assert items[3].column < items[4].column
+
+
+@pytest.mark.parametrize("layers", [1, 4, 5, 8, 21])
+def test_a_chain_is_drawn_in_lines(layers):
+    names = [f"mbconv6_{3 + n % 3}x{3 + n % 3}" for n in range(layers)]
+    figure = _chain_figure(ChainGenotype(tuple(names)), "Chain")
+    boxes = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
+    texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert texts == ["Chain", "input", *names, "output"]
+    places = [(box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2) for box in boxes]
+    assert len(places) == layers + 2
+    width, height = figure.get_size_inches()
+    for (x, y), box in zip(places, boxes, strict=True):
+        assert box.get_width() / 2 < x < width - box.get_width() / 2
+        assert box.get_height() / 2 < y < height - box.get_height() / 2
+    for (x0, y0), (x1, y1) in itertools.pairwise(places):  # side by side, or one below the other
+        assert (x0 == pytest.approx(x1)) != (y0 == pytest.approx(y1))
+        assert y1 <= y0 + 1e-9
+    assert len({(round(x, 3), round(y, 3)) for x, y in places}) == layers + 2
+
+
+def test_panels_of_a_chain_follow_one_another():
+    edges = [(n + 1, n) for n in range(9)]
+    assert _grid(edges) == [(n // 4, n % 4) for n in range(9)]
+    assert _grid([(1, 0), (2, 0), (2, 1)]) == [(0, 0), (1, 0), (1, 1)]
+    figure = alphas_figure(np.zeros((2, 9, 2)), ["mb3_3x3", "skip_connect"], edges)
+    assert len(figure.axes) == 9
+    assert figure.get_size_inches()[0] < 10

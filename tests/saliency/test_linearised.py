@@ -82,6 +82,16 @@ def test_what_the_network_computes() -> None:
     torch.testing.assert_close(y, conv.flatten(1) @ net[5].weight.detach().abs().T)
 
 
+def test_relu6_has_no_bound() -> None:
+    net = nn.Sequential(nn.ReLU6(), nn.Conv2d(1, 1, 1), nn.ReLU6())
+    x = torch.full((1, 1, 1, 1), 1e6, requires_grad=True)
+    with linearised(net):
+        (gradient,) = torch.autograd.grad(net(x).sum(), x)
+        assert torch.equal(net(x), x * net[1].weight.abs())
+    assert torch.equal(gradient, net[1].weight.detach().abs())
+    assert float(net[0](x.detach())) == 6.0
+
+
 @pytest.mark.parametrize("top", [3e37, 1.0, 7.5, 2e-30, 0.0])
 def test_rescaling_is_exact(top: float) -> None:
     states = (torch.rand(1, 2, 3, 3) * top, torch.rand(1, 2, 3, 3) * top)

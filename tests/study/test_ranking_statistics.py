@@ -146,6 +146,7 @@ def test_ranking_puts_all_together() -> None:
         (lambda: top_k([[1, 2]], [1, 2]), r"score must be \(N,\)"),
         (lambda: top_k([1, 2], [1, 2], 3), "k=3 must be whole numbers from 1 to 2"),
         (lambda: random_top_k([1, 2], 1.5), "k=1.5 must be whole numbers"),  # type: ignore[arg-type]
+        (lambda: random_top_k([1, -math.inf], 1), "truth must be finite"),
         (lambda: random_top_k([1, 2], 1, [2]), r"quantiles=\[2\] must be numbers from 0 to 1"),
         (lambda: bottom_k([1, 2], [1, 2], worst=0), "worst=0 must be above 0"),
         (lambda: operator_shares([1], [["d"]], "abc"), "'d' is none of the primitives a, b, c"),
