@@ -235,9 +235,9 @@ class ChainSupernet(_Chain):
                 )
         table = as_table(weights["chain"], x.device)
         if path is not None:
-            for i, choice in enumerate(path["chain"]):
+            for (_, i, op), choice in zip(self.mixed_ops(), path["chain"], strict=True):
                 check_choice(f"path[{i}]", choice, table.shape[1])
-                if type(self.features[i]._ops[choice]) is Zero:  # type: ignore[union-attr, index]
+                if type(op._ops[choice]) is Zero:
                     raise ValueError(f"path[{i}]={choice}: layer {i} does not have that choice, or has lost it")
 
         def run(i: int, layer: nn.Module, state: Tensor) -> Tensor:
