@@ -76,7 +76,8 @@ def find_genotype(what: str | os.PathLike[str]) -> AnyGenotype:
         named = {_plain(name): known for name, known in GENOTYPES.items()}.get(_plain(what))
         if named is not None:
             return named.genotype
-        if "\n" in what or what.lstrip()[:1] in ("{", "|") or ("(" in what and not os.path.exists(what)):
+        written = any(mark in what for mark in "(>") or re.fullmatch("[012]+", what)
+        if "\n" in what or what.lstrip()[:1] in ("{", "|") or (written and not os.path.exists(what)):
             return parse_genotype(what)
     path, name = Path(what), None
     if not path.exists() and ":" in str(what):

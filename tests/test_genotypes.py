@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fastnas.cli import main
-from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype
+from fastnas.genotype import Genotype, NASBench201Genotype, OneShotGenotype, parse_genotype
 from fastnas.genotypes import GENOTYPES, find_genotype
 from fastnas.nn import NASBench201Network, Network
 from fastnas.nn.counting import Complexity, count
 from fastnas.spaces import get_space
 
+CHAIN = get_space("proxyless").sample(torch.Generator().manual_seed(0))
 CELLS = {name: known.genotype for name, known in GENOTYPES.items() if isinstance(known.genotype, Genotype)}
 FIVE_NODES = {"NASNet", "AmoebaNet"}
 
@@ -172,8 +173,18 @@ def test_show_lists_all_and_prints_one(tmp_path: Path, capsys: pytest.CaptureFix
             lambda: NASBench201Network(NASBench201Genotype(("skip_connect", "nor_conv_1x1", "none")), 16, 1, 7, 1),
             (1, 32, 32),
         ),
+        (
+            ["01201201", "--channels=4"],
+            lambda: get_space("nb-macro").network(parse_genotype("01201201"), 4),
+            (3, 32, 32),
+        ),
+        (
+            [CHAIN.to_text(), "--channels=8", "--image-size=32"],
+            lambda: get_space("proxyless").network(CHAIN, 8, num_classes=1000),
+            (3, 32, 32),
+        ),
     ],
-    ids=["darts", "imagenet", "nb201"],
+    ids=["darts", "imagenet", "nb201", "macro", "proxyless"],
 )
 def test_count_command(arguments, network, shape, capsys) -> None:  # type: ignore[no-untyped-def]
     assert main(["count", *arguments]) == 0

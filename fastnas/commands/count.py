@@ -10,11 +10,12 @@ from torch import nn
 
 from fastnas.commands._common import Again, Parser, console, describe, option_names
 from fastnas.commands.show import WHAT
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, OneShotGenotype
+from fastnas.genotype import AnyGenotype, ChainGenotype, Genotype, NASBench201Genotype, OneShotGenotype
 from fastnas.genotypes import find_genotype
 from fastnas.nn import NASBench101Network, NASBench201Network, Network
 from fastnas.nn.counting import count
 from fastnas.nn.stems import STEMS
+from fastnas.spaces import get_space
 
 HELP = "parameters and multiply-adds of an architecture's network"
 
@@ -24,11 +25,12 @@ class CountOptions:
     """The network.
 
     What is not given is as published: 36 channels and 20 layers in the DARTS space, 16 channels and 5 cells a stage in
-    NAS-Bench-201, 128 channels and 9 cells in NAS-Bench-101; 10 classes, images of 32x32 pixels.
+    NAS-Bench-201, 128 channels and 9 cells in NAS-Bench-101, 32 channels in chains; 10 classes, images of 32x32 pixels,
+    but 1000 classes and 224x224 for a chain of ProxylessNAS.
 
     Attributes:
-        channels: Channels of the first cells.
-        layers: Cells; in NAS-Bench-201 those of a stage.
+        channels: Channels of the first cells; of a chain, of its stem.
+        layers: Cells; in NAS-Bench-201 those of a stage. Chains have their own.
         num_classes: Classes.
         in_channels: Channels of the images.
         image_size: Height and width of the images, in pixels.
@@ -48,6 +50,10 @@ _PRESETS: dict[type, dict[str, Any]] = {
     Genotype: {"channels": 36, "layers": 20, "stem": "cifar", **_CIFAR},
     NASBench201Genotype: {"channels": 16, "layers": 5, **_CIFAR},
     OneShotGenotype: {"channels": 128, "layers": 9, **_CIFAR},
+}
+_CHAINS: dict[str, dict[str, Any]] = {
+    "nb-macro": {"channels": 32, "layers": 8, **_CIFAR},
+    "proxyless": {"channels": 32, "layers": 21, "num_classes": 1000, "image_size": 224},
 }
 _IMAGENET = {"channels": 48, "layers": 14, "stem": "imagenet", "num_classes": 1000, "image_size": 224}
 
@@ -76,7 +82,7 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
 def run(namespace: Namespace, again: Again) -> int:
     """Returns the exit status after the table was printed."""
     genotype = find_genotype(namespace.what)
-    preset = _PRESETS[type(genotype)]
+    preset = _CHAINS[_space(genotype)] if isinstance(genotype, ChainGenotype) else _PRESETS[type(genotype)]
     if namespace.imagenet:
         if "stem" not in preset:
             raise ValueError("imagenet: only the DARTS space has such a network; give channels, layers, ... instead")
@@ -107,4 +113,11 @@ def _build(genotype: AnyGenotype, channels: int, layers: int, **others: Any) -> 
         return Network(genotype, channels, layers, **others)
     if isinstance(genotype, NASBench201Genotype):
         return NASBench201Network(genotype, channels, layers, **others)
+    if isinstance(genotype, ChainGenotype):
+        return get_space(_space(genotype)).network(genotype, channels, layers, **others)
     return NASBench101Network(genotype, channels, layers, **others)
+
+
+def _space(genotype: ChainGenotype) -> str:
+    """Returns the name of the space whose blocks a chain has."""
+    return "nb-macro" if set(genotype.ops) <= set(get_space("nb-macro").primitives) else "proxyless"

@@ -25,8 +25,9 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         prog="fastnas show",
         usage="fastnas show [WHAT] [options]",
         description="Prints an architecture. It may be in JSON or in the notation of its space: DARTS' Genotype(...), "
-        "NAS-Bench-201's |op~0|+|op~0|op~1|+..., or op(0)+op(0,1)+...+output(1,2) for NAS-Bench-1Shot1. Without WHAT, "
-        "lists the architectures that have a name, with the figures that their papers print.",
+        "NAS-Bench-201's |op~0|+|op~0|op~1|+..., op(0)+op(0,1)+...+output(1,2) for NAS-Bench-1Shot1, NAS-Bench-Macro's "
+        "22212202, or op>op>... for another chain. Without WHAT, lists the architectures that have a name, with the "
+        "figures that their papers print.",
     )
     show.add_argument("what", nargs="?", metavar="WHAT", help=WHAT)
     show.add_argument("--to", choices=["json", "text"], default="text", help="The notation to print.")
