@@ -163,8 +163,8 @@ class MixedOp(nn.Module):
 
     def _sum(self, x: Tensor, weights: Tensor, choice: int | None) -> Tensor:
         if x.dim() != 4:
-            computed = list(range(len(self._ops))) if choice is None else [choice]
-            return _sum_apart([self._ops[o](x) for o in computed], weights, computed)
+            ops = list(self._ops) if choice is None else [self._ops[choice]]
+            return _sum_apart([op(x) for op in ops], weights, None if choice is None else [choice])
         return self.described(choice).run(x, weights)
 
     def described(self, choice: int | None = None) -> Plan:
@@ -292,12 +292,12 @@ class Plan:
             z = rest.pop(0)
             outputs.append(entry.norms[0](z) if entry.norms else z)
             computed.append(o)
-        return _sum_apart(outputs, weights, computed)
+        return _sum_apart(outputs, weights, computed if len(computed) < len(self.entries) else None)
 
 
-def _sum_apart(outputs: list[Tensor], weights: Tensor, computed: Sequence[int]) -> Tensor:
-    """The sum of the outputs of some candidates, which may differ in dtype (under autocast), as torch promotes them."""
-    if len(computed) < len(weights):
+def _sum_apart(outputs: list[Tensor], weights: Tensor, computed: Sequence[int] | None) -> Tensor:
+    """The sum of the outputs of all or some candidates, whose dtypes may differ (under autocast), as torch promotes."""
+    if computed is not None:
         weights = torch.stack([weights[o] for o in computed])
     dtype = functools.reduce(torch.promote_types, (y.dtype for y in outputs))
     return mixed_sum([y.to(dtype) for y in outputs], weights)

@@ -175,6 +175,8 @@ def test_pruned_candidates_cost_nothing_where_the_shape_changes():
     op.keep([0, 2])
     torch.testing.assert_close(op(x, weights), 0.2 * ops[0](x) + 0.5 * ops[2](x))
     torch.testing.assert_close(op(x, weights, 2), 0.5 * ops[2](x))
+    with pytest.raises(ValueError, match="weights"):
+        MixedOp(ops, 2)(x, torch.rand(4))
 
 
 def test_a_block_of_your_own():
