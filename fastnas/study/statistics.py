@@ -7,6 +7,7 @@ parameters or multiply-adds is :func:`ranking` of that column of a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from fastnas.saliency.statistics import Correlations, correlate
 
 Floats = npt.NDArray[np.float64]
-_NUMBERS = 2**24  # that a block of probabilities may hold at the same time
+_BLOCK = 64  # numbers of draws that are computed together
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,19 @@ def random_top_k(
     qs = np.asarray(quantiles, np.float64)
     if qs.ndim != 1 or not ((qs >= 0) & (qs <= 1)).all():
         raise ValueError(f"quantiles={quantiles} must be numbers from 0 to 1")
-    i = np.arange(1, n + 1)
     mean, found = np.empty(len(ks)), np.empty((len(qs), len(ks)))
-    block = max(1, _NUMBERS // n)
-    for at in range(0, len(ks), block):
-        c = ks[at : at + block, None]
-        # C(i, k) / C(n, k) is the product of (m - k) / m over m from i + 1 to n
+    order = np.argsort(ks, kind="stable")
+    for block in np.split(order, range(_BLOCK, len(ks), _BLOCK)):
+        c = ks[block][:, None]
+        # C(i, k) / C(n, k) is at most (i / n)^k: what is below 1e-18 can be left out
+        width = min(n, math.ceil(-n * math.expm1(-42 / int(c[0, 0]))) + 1)
+        i = np.arange(n - width + 1, n + 1)
+        # and it is the product of (m - k) / m over m from i + 1 to n
         logs = np.log1p(-np.where(i > c, c / i, 0.0))[:, ::-1].cumsum(axis=1)[:, ::-1]
         cumulative = np.where(i >= c, np.exp(np.append(logs[:, 1:], np.zeros_like(logs[:, :1]), axis=1)), 0.0)
-        mean[at : at + block] = np.diff(cumulative, axis=1, prepend=0.0) @ t
+        mean[block] = np.diff(cumulative, axis=1, prepend=0.0) @ t[-width:]
         for q, row in zip(qs, found, strict=True):
-            row[at : at + block] = t[(cumulative >= q - 1e-12).argmax(axis=1)]
-            if q == 0:
-                row[at : at + block] = t[ks[at : at + block] - 1]
+            row[block] = t[n - width + (cumulative >= q - 1e-12).argmax(axis=1)] if q else t[c[:, 0] - 1]
     return RandomTop(ks, mean, found)
 
 

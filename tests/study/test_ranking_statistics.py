@@ -61,7 +61,11 @@ def test_random_top_k_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     # the largest of k of the numbers 1 to n is k (n + 1) / (k + 1) on average
     assert found.mean == pytest.approx(k * 15_626 / (k + 1), rel=1e-12)
     assert found.quantiles.shape == (0, 4)
-    monkeypatch.setattr("fastnas.study.statistics._NUMBERS", 20_000)
+    curve = random_top_k(truth[:3000])
+    assert curve.mean == pytest.approx(curve.k * 3001 / (curve.k + 1), rel=1e-12)
+    median = np.ceil(3000 * 0.5 ** (1 / curve.k[:50]))  # of so few draws, as good as with replacement
+    assert np.abs(curve.quantiles[1, :50] - median).max() < 10
+    monkeypatch.setattr("fastnas.study.statistics._BLOCK", 1)
     assert random_top_k(truth, k, ()).mean == pytest.approx(found.mean, rel=1e-12)
 
 
