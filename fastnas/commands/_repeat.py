@@ -21,6 +21,7 @@ from fastnas.runs.folder import read_metrics
 from fastnas.search import SearchConfig
 from fastnas.search.run import RunFolder
 from fastnas.train import TrainConfig, TrainFolder, Training
+from fastnas.train.config import RECIPE
 
 _SHORT = 6  # a short training's epochs are a recipe's by this: DARTS' 100 of 600
 
@@ -131,7 +132,7 @@ def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, *, over
     genotype = load_genotype(run.path / "genotype.json")
     short = TrainConfig(
         genotype=genotype.to_text(),
-        recipe=options.pick_recipe,
+        recipe=options.pick_recipe or RECIPE,
         data=config.data,
         root=config.root,
         validate=1 - config.train_portion,
