@@ -58,6 +58,9 @@ class Scored:
 
 _COLUMNS = tuple(field.name for field in fields(Scored))
 
+Scorer = Callable[[int, AnyGenotype], Scored]
+"""Scores an architecture, given its index."""
+
 
 @dataclass(frozen=True)
 class RankOptions:
@@ -171,23 +174,49 @@ def rank(
         ValueError: for an unknown name, a network that cannot be scored, or a folder with scores of anything else.
         ChildProcessError: where a process was killed.
     """
-    if jobs < 1 or threads < 1:
-        raise ValueError(f"jobs={jobs} and threads={threads} must be at least 1")
     space = get_space(space) if isinstance(space, str) else space
     networks = networks or Networks()
-    job = _Job(
-        space, get_score(score), networks, batch.images.cpu().contiguous().numpy(), batch.labels.cpu().numpy(), threads
-    )
-    texts = [g.to_text() for g in genotypes]
+    job = _Job(space, get_score(score), networks, batch.images.cpu().contiguous().numpy(), batch.labels.cpu().numpy())
     settings = {"format": _FORMAT, "space": space.name, "score": score, **asdict(networks)}
-    settings |= {"threads": threads, "images": list(batch.images.shape), "batch": _digest(job)}
-    with ScoreLog(folder, settings, texts) as log:
+    settings |= {"threads": threads, "images": list(batch.images.shape), "batch": digest(job.images, job.labels)}
+    return score_all(job, genotypes, settings, folder=folder, jobs=jobs, threads=threads, on_score=on_score)
+
+
+def score_all(
+    make: Callable[[], Scorer],
+    genotypes: Sequence[AnyGenotype],
+    settings: Mapping[str, Any],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    threads: int = 1,
+    on_score: Callable[[Scored], None] | None = None,
+) -> list[Scored]:
+    """Returns what a scorer makes of every architecture, in their order; :func:`rank` says the rest.
+
+    Args:
+        make: returns the scorer, once in each process; picklable.
+        genotypes: the architectures.
+        settings: what the scores depend on beside the architectures; plain values.
+        folder: as :func:`rank`.
+        jobs: as :func:`rank`.
+        threads: as :func:`rank`.
+        on_score: as :func:`rank`.
+
+    Raises:
+        ValueError: as :func:`rank`, and what the scorer raises.
+        ChildProcessError: where a process was killed.
+    """
+    if jobs < 1 or threads < 1:
+        raise ValueError(f"jobs={jobs} and threads={threads} must be at least 1")
+    with ScoreLog(folder, settings, [g.to_text() for g in genotypes]) as log:
         rows = list(log.rows)
         for row in rows:
             if on_score is not None:
                 on_score(row)
         work = [(i, genotypes[i]) for i in range(len(rows), len(genotypes))]
-        for row in _serial(job, work) if jobs == 1 else _parallel(job, work, min(jobs, len(work) or 1)):
+        jobs = min(jobs, len(work) or 1)
+        for row in _serial(make, threads, work) if jobs == 1 else _parallel(make, threads, work, jobs):
             log.append(row)
             rows.append(row)
             if on_score is not None:
@@ -366,11 +395,14 @@ class _Job:
     networks: Networks
     images: Any  # numpy, as torch would send tensors through shared memory
     labels: Any
-    threads: int
+
+    def __call__(self) -> _Scorer:
+        return _Scorer(self)
 
 
-def _digest(job: _Job) -> str:
-    return hashlib.sha256(job.images.tobytes() + job.labels.tobytes()).hexdigest()
+def digest(*arrays: Any) -> str:
+    """Returns a hash of the arrays' bytes."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 class _Scorer:
@@ -396,21 +428,25 @@ class _Scorer:
         return Scored(index, genotype.to_text(), value, time.perf_counter() - started)
 
 
-def _serial(job: _Job, work: Sequence[tuple[int, AnyGenotype]]) -> Iterator[Scored]:
-    scorer = _Scorer(job)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
+def _serial(make: Callable[[], Scorer], threads: int, work: Sequence[tuple[int, AnyGenotype]]) -> Iterator[Scored]:
+    if not work:
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
+        scorer = make()
         for index, genotype in work:
             yield scorer(index, genotype)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def _parallel(job: _Job, work: Sequence[tuple[int, AnyGenotype]], jobs: int) -> Iterator[Scored]:
+def _parallel(
+    make: Callable[[], Scorer], threads: int, work: Sequence[tuple[int, AnyGenotype]], jobs: int
+) -> Iterator[Scored]:
     """Yields the rows in order; a few architectures for each process are under way at any time."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(job,))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(make, threads))
     pending: deque[Future[Scored]] = deque()
     try:
         for index, genotype in work:
@@ -441,18 +477,18 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_scorer: _Scorer | None = None  # of a process of the pool
+_scorer: Scorer | None = None  # of a process of the pool
 
 
-def _start(job: _Job) -> None:
+def _start(make: Callable[[], Scorer], threads: int) -> None:
     """Prepares a process of the pool."""
     global _scorer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-    torch.set_num_threads(job.threads)
-    _scorer = _Scorer(job)
+    torch.set_num_threads(threads)
+    _scorer = make()
 
 
 def _exit_after(sentinel: int) -> None:
