@@ -96,6 +96,10 @@ class WeightOptions:
         perturbation_radius: The largest disturbance of a weight, in the first epoch and after the last.
         accumulate: Parts that a batch is cut into; the gradient is the mean over the parts, each with its own batch
             norm statistics, and a part's feature maps are all that is kept in memory. 1 is off.
+        paths: Architectures, or draws of the relaxation, that a step of the weights averages the gradients of, each on
+            the whole batch.
+        fair: A step averages over as many paths as there are candidates, and every candidate of an edge is in one of
+            them (FairNAS, which adds the gradients instead).
         checkpoint_cells: Keep only what cells read and run each one again for its gradient: less memory, more time.
     """
 
@@ -110,6 +114,8 @@ class WeightOptions:
     perturbation: str = PRESET
     perturbation_radius: tuple[float, float] = PRESET
     accumulate: int = 1
+    paths: int = 1
+    fair: bool = False
     checkpoint_cells: bool = False
 
 
@@ -271,7 +277,11 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
         fixed = {"order": self.order == 1, "stages": len(self.stages) < 2, "perturbation": self.perturbation == "none"}
         fixed |= {"relaxation": not get_relaxation(self.relaxation).single_path, "skip_dropout": not self.skip_dropout}
         fixed |= {"temperature": self.temperature[0] == self.temperature[1]}
-        fixed |= {"accumulate": self.accumulate == 1, "checkpoint_cells": not self.checkpoint_cells}
+        fixed |= {
+            "paths": self.paths == 1,
+            "accumulate": self.accumulate == 1,
+            "checkpoint_cells": not self.checkpoint_cells,
+        }
         changing = [name for name, same in fixed.items() if not same]
         if self.cuda_graphs and changing:
             name = changing[0]
@@ -298,6 +308,10 @@ class SearchConfig(MachineOptions, MeasureOptions, AlphaOptions, WeightOptions, 
             raise ValueError(f"epochs=0 with select={self.select}: nothing would be learned; choose 1 or more")
         if self.order == 2 and self.accumulate > 1:
             raise ValueError("accumulate with order=2: the step of the weights needs the whole batch; set one to 1")
+        if self.order == 2 and self.paths > 1:
+            raise ValueError("paths with order=2: the step of the alphas looks at one draw; set one to 1")
+        if self.fair and (self.paths > 1 or not get_relaxation(self.relaxation).single_path or self.stages):
+            raise ValueError("fair=True has paths of its own: it wants relaxation=uniform, paths=1 and stages=[]")
         if self.accumulate > self.batch_size // 2:
             raise ValueError(
                 f"accumulate={self.accumulate} with batch_size={self.batch_size}: batch norm wants 2 images a part"
@@ -385,6 +399,7 @@ _RANGES: dict[str, options.Range] = {
     "perturbation": one_of(PERTURBATIONS),
     "perturbation_radius": (two(lambda v: 0 <= v <= 1), "two numbers from 0 to 1, such as [0.03, 0.3]"),
     "accumulate": POSITIVE_INT,
+    "paths": POSITIVE_INT,
     "order": (lambda v: v in (0, 1, 2), "0, 1 or 2"),
     "alpha_optimizer": one_of(ALPHA_OPTIMIZERS),
     "alpha_lr": POSITIVE,

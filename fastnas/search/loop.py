@@ -119,6 +119,7 @@ class Search:
     Args:
         config: The options.
         data: Images to search on instead of those that ``config.data`` names; the name then only selects the preset.
+        draw_architecture: What ``select=evaluate`` trains and compares, instead of the space's ``sample``.
 
     Attributes:
         epoch: Finished epochs.
@@ -142,11 +143,18 @@ class Search:
     FREE_ON_RESUME = frozenset({"device", "threads", "cuda_graphs", "root", "table"})
     """Options that a resumed search may change: it may move to another machine, where its rounding may differ."""
 
-    def __init__(self, config: SearchConfig, *, data: ImageData | None = None) -> None:
+    def __init__(
+        self,
+        config: SearchConfig,
+        *,
+        data: ImageData | None = None,
+        draw_architecture: Callable[[torch.Generator], AnyGenotype] | None = None,
+    ) -> None:
         self.config = config
         self.device = as_device(config.device)
         self.relaxation = get_relaxation(config.relaxation)
         self.space = get_space(config.space)
+        self._draw_architecture = draw_architecture or self.space.sample
         data = load(config.data, config.root) if data is None else data
         train, valid = split(len(data.images), config.train_portion, self._generator("split"))
         for part, name in ((train, "training"), (valid, "validation")):
@@ -219,6 +227,10 @@ class Search:
                         f"{name}={getattr(c, name)} with space={c.space}, whose tables are not of candidates on edges: "
                         f"set {name} to {instead}" + (", and k to 1" if c.k > 1 and name != "stages" else "")
                     )
+        if c.fair and not self._chooses_everywhere():
+            raise ValueError(
+                f"fair=True with space={c.space}, whose edges do not all have a candidate each: set it to False"
+            )
         for n, stage in enumerate(c.schedule):
             if stage.ops > max(widths) or (n == 0 and 0 < stage.ops < max(widths)):
                 raise ValueError(
@@ -229,6 +241,15 @@ class Search:
                 raise ValueError(f"stages={c.stages}: stage {n + 1} has {stage.ops} operations, some edges {fewest}")
             if stage.ops == 1 and "none" in space.primitives:
                 raise ValueError(f"stages={c.stages}: one operation may be none on every edge; keep 2 or more")
+
+    def _chooses_everywhere(self) -> bool:
+        """Tells whether an architecture is any one candidate on each edge."""
+        space = self.space
+        shape = (len(space.edges), len(space.primitives))
+        allowed: Mapping[str, Tensor] = getattr(space, "allowed", {})
+        if any(alpha.shape != shape for alpha in self.alphas.values()) or not all(t.all() for t in allowed.values()):
+            return False
+        return all(bool(t.any(1).all()) for t in space.encode(space.sample(self._generator("fair"))).values())
 
     def _init_edge_alphas(self) -> dict[str, Tensor]:
         shapes = {name: (1, len(self.space.edges)) for name in self.alphas}
@@ -470,20 +491,22 @@ class Search:
         self._weight_optimizer.zero_grad()
         # The alphas stand still here, so their gradient is not computed.
         with torch.no_grad():
-            arguments = self._arguments()
-        if self.config.perturbation != "none":
-            arguments["weights"] = self._perturbed(arguments, images, labels)
-        for part, answers in self._parts_of(images, labels):
-            logits = self._logits(part, arguments)
-            loss = F.cross_entropy(logits, answers)
-            (loss * (len(answers) / len(labels))).backward()  # type: ignore[no-untyped-call]
-            self._totals[0].add_(loss.detach() * len(answers))
-            self._totals[1].add_((logits.detach().argmax(1) == answers).sum())
+            drawn = self._fair_paths() if self.config.fair else [self._arguments() for _ in range(self.config.paths)]
+        images_seen = len(drawn) * len(labels)
+        for arguments in drawn:
+            if self.config.perturbation != "none":
+                arguments["weights"] = self._perturbed(arguments, images, labels)
+            for part, answers in self._parts_of(images, labels):
+                logits = self._logits(part, arguments)
+                loss = F.cross_entropy(logits, answers)
+                (loss * (len(answers) / images_seen)).backward()  # type: ignore[no-untyped-call]
+                self._totals[0].add_(loss.detach() * len(answers))
+                self._totals[1].add_((logits.detach().argmax(1) == answers).sum())
         if self.config.clip:
             # a path that is not taken leaves no gradient
             nn.utils.clip_grad_norm_(self._bilevel.parameters, self.config.clip, foreach=True)
         self._weight_optimizer.step()
-        self._totals[2].add_(len(labels))
+        self._totals[2].add_(images_seen)
 
     def _parts_of(self, images: Tensor, labels: Tensor) -> list[Batch]:
         """Returns a batch in the parts that its gradient is accumulated over."""
@@ -655,7 +678,7 @@ class Search:
     def _random_architectures(self) -> Iterator[AnyGenotype]:
         generator = self._generator("architectures")
         while True:
-            yield self.space.sample(generator)
+            yield self._draw_architecture(generator)
 
     def _best_architecture(self) -> AnyGenotype:
         """Returns the best of random architectures by the validation accuracy with the supernet's parameters."""
@@ -686,14 +709,27 @@ class Search:
     def _arguments(self, generator: torch.Generator | None = None) -> Arguments:
         """Returns what the supernet is given in a forward, with a new draw of all that is random."""
         if self.config.select == "evaluate":  # what is trained are the architectures that will be compared
-            return self._arguments_of(self.space.sample(generator))
+            return self._arguments_of(self._draw_architecture(generator))
         generator = self._chance.generator if generator is None else generator
         temperature = self._temperature()
         weights = self._tables(lambda alpha: self.relaxation(alpha, generator, temperature))
         arguments = self._with_edge_weights(weights)
         if self.relaxation.single_path:
-            arguments["path"] = _path(weights)
+            arguments["path"] = path_of(weights)
         return arguments
+
+    def _fair_paths(self) -> list[Arguments]:
+        """Returns as many paths as there are candidates, of which each is once on every edge (arXiv:1907.01845)."""
+        generator, count = self._chance.generator, len(self.space.primitives)
+        orders = {
+            name: torch.rand(alpha.shape, generator=generator, device=self.device).argsort(1)
+            for name, alpha in self.alphas.items()
+        }
+        drawn = []
+        for n in range(count):
+            weights = {name: F.one_hot(order[:, n], count).float() for name, order in orders.items()}
+            drawn.append({**self._with_edge_weights(weights), "path": path_of(weights)})
+        return drawn
 
     def _mean_arguments(self) -> Arguments:
         return self._with_edge_weights(self._tables(self.relaxation.mean))
@@ -707,7 +743,7 @@ class Search:
         weights = self.space.encode(genotype)
         if not hasattr(self.supernet, "mixed_ops"):
             return {"weights": {name: table.to(self.device) for name, table in weights.items()}}
-        path = _path(weights, self.space.primitives)
+        path = path_of(weights, self.space.primitives)
         arguments: Arguments = {"weights": {name: t.to(self.device) for name, t in weights.items()}, "path": path}
         if self._edge_alphas or self._current_stage.k > 1:
             none = [o for o, name in enumerate(self.space.primitives) if name == "none"]
@@ -832,7 +868,7 @@ def alpha_spread(alphas: Mapping[str, Tensor]) -> float:
     return torch.cat([table.amax(1) - table.amin(1) for table in tables]).mean().item()
 
 
-def _path(weights: Mapping[str, Tensor], primitives: Sequence[str] = ()) -> dict[str, list[int]]:
+def path_of(weights: Mapping[str, Tensor], primitives: Sequence[str] = ()) -> dict[str, list[int]]:
     """Returns the candidate of each edge whose weight is not 0; of an edge without one, ``none`` where there is that.
 
     All tables are read back from a GPU by one copy.

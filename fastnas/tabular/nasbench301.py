@@ -97,7 +97,7 @@ class Surrogate:
         values = numbers(texts[accuracy])
         if values is None:
             raise ValueError(f"{path}: column {accuracy!r} holds no numbers")
-        genotypes = [_parse(text, f"{path}: row {n}") for n, text in enumerate(texts[genotype], start=2)]
+        genotypes = [parse_cells(text, f"{path}: row {n}") for n, text in enumerate(texts[genotype], start=2)]
         try:
             return cls(genotypes, values, seed)
         except ValueError as error:
@@ -158,7 +158,16 @@ def features(genotypes: Sequence[Genotype]) -> npt.NDArray[np.float64]:
     return np.concatenate(rows)
 
 
-def _parse(text: str, where: str) -> Genotype:
+def parse_cells(text: str, where: str) -> Genotype:
+    """Returns the genotype in a JSON object whose ``normal_concat`` and ``reduce_concat`` may be left out.
+
+    Args:
+        text: the object.
+        where: what the message of an error begins with.
+
+    Raises:
+        ValueError: where it describes no such cells.
+    """
     try:
         fields = json.loads(text)
         if isinstance(fields, dict):
