@@ -148,7 +148,7 @@ class Search:
         config: SearchConfig,
         *,
         data: ImageData | None = None,
-        draw_architecture: Callable[[torch.Generator], AnyGenotype] | None = None,
+        draw_architecture: Callable[[torch.Generator | None], AnyGenotype] | None = None,
     ) -> None:
         self.config = config
         self.device = as_device(config.device)

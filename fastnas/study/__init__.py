@@ -1,5 +1,9 @@
 """What a supernet, or any other score, can and cannot rank."""
 
+from fastnas.study.config import StudyOptions
+from fastnas.study.evaluation import BN_MODES, Finetuning, Subnets
+from fastnas.study.results import Snapshot, Studied
+from fastnas.study.run import study
 from fastnas.study.statistics import (
     Bottom,
     OperatorShares,
@@ -15,15 +19,22 @@ from fastnas.study.statistics import (
 )
 
 __all__ = [
+    "BN_MODES",
     "Bottom",
+    "Finetuning",
     "OperatorShares",
     "RandomTop",
     "Ranking",
+    "Snapshot",
     "Stability",
+    "Studied",
+    "StudyOptions",
+    "Subnets",
     "bottom_k",
     "operator_shares",
     "random_top_k",
     "ranking",
     "stability",
+    "study",
     "top_k",
 ]

@@ -288,7 +288,7 @@ def batches(images: Tensor, labels: Tensor, size: int, device: torch.device) -> 
     cuts = list(range(0, len(x), size))
     if len(cuts) > 1 and len(x) - cuts[-1] == 1:
         cuts.pop()
-    ends = [*cuts[1:], len(x)]
+    ends = [*cuts[1:], len(x)] if cuts else []
     labels = labels.to(device)
     return [(x[i:j], labels[i:j]) for i, j in zip(cuts, ends, strict=True)]
 

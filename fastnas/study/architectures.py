@@ -1,0 +1,132 @@
+"""The architectures that a study looks at, and what they are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastnas.genotype import AnyGenotype, Genotype, OneShotGenotype, parse_genotype
+from fastnas.spaces import Space
+from fastnas.tabular import Table
+from fastnas.tabular.nasbench301 import parse_cells
+
+_PROBES = 50
+_FAILURES = 100_000  # draws one after another that are nothing new, until the space counts as exhausted
+
+
+@dataclass(frozen=True)
+class Known:
+    """Architectures of known worth, in an order that does not depend on how many there are.
+
+    Attributes:
+        genotypes: The architectures, all different.
+        truth: What each is worth; higher is better.
+    """
+
+    genotypes: list[AnyGenotype]
+    truth: list[float]
+
+
+def known(space: Space, table: Table, column: str, count: int | None, seed: int = 0, *, errors: bool = False) -> Known:
+    """Returns random architectures of a space that a table knows, or all of them.
+
+    They are drawn from the space where the table has most of it, and else from the table's rows. A larger count begins
+    with the architectures of a smaller one of the same seed. In a space of chains they are then sorted, as
+    :class:`~fastnas.study.evaluation.Subnets` likes it.
+
+    Args:
+        space: the space.
+        table: the table; DARTS' cells may be JSON without their concat.
+        column: its column that says what they are worth; where that is NaN they are not known.
+        count: how many; None for all.
+        seed: of the draws.
+        errors: the column has errors as parts of 1, and the worth is 100 (1 - error).
+
+    Raises:
+        ValueError: where the table has no such column, architectures of another space, or fewer than ``count``.
+    """
+    worth = _worth(table, column, errors)
+    generator = torch.Generator().manual_seed(seed)
+    probes = [_key(space.sample(generator)) in worth for _ in range(_PROBES)]
+    whole = list(getattr(space, "all", list)()) if count is None else []
+    if 2 * sum(probes) < _PROBES:
+        rows = [row for row in map(_parsed, table.rows) if _belongs(space, row)]
+        if not rows:
+            raise ValueError(f"the table has no architecture of the space {space.name}: {table.rows[0]}")
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        found = [rows[n] for n in order if _key(rows[n]) in worth][:count]
+    elif count is None:
+        found = [g for g in whole if _key(g) in worth]
+    else:
+        chosen: dict[str, AnyGenotype] = {}
+        failures = 0
+        while len(chosen) < count and failures < _FAILURES:
+            genotype = space.sample(generator)
+            new = _key(genotype) in worth and genotype.to_text() not in chosen
+            failures = 0 if new else failures + 1
+            if new:
+                chosen[genotype.to_text()] = genotype
+        found = list(chosen.values())
+    if count is not None and len(found) < count:
+        raise ValueError(f"sample={count}: the table knows {len(found)} architectures of the space {space.name}")
+    if len(space.cell_types) == 1 and space.cell_types[0] == "chain":
+        found.sort(key=lambda genotype: genotype.to_text())
+    return Known(found, [worth[_key(g)] for g in found])
+
+
+def _worth(table: Table, column: str, errors: bool) -> dict[str, float]:
+    values = table.column(column)
+    found = {_key(_parsed(row)): float(v) for row, v in zip(table.rows, values, strict=True) if not math.isnan(v)}
+    return {key: 100 * (1 - value) for key, value in found.items()} if errors else found
+
+
+def _parsed(row: str) -> AnyGenotype:
+    if row.lstrip().startswith("{") and '"normal"' in row:
+        return parse_cells(row, "table")
+    return parse_genotype(row)
+
+
+def _key(genotype: AnyGenotype) -> str:
+    """Returns what tells architectures apart: a NAS-Bench-101 cell is the graph, however its nodes are numbered."""
+    return (genotype.canonical() if isinstance(genotype, OneShotGenotype) else genotype).to_text()
+
+
+def _belongs(space: Space, genotype: AnyGenotype) -> bool:
+    try:
+        space.encode(genotype)
+    except ValueError:
+        return False
+    return True
+
+
+def operators(genotype: AnyGenotype) -> list[str]:
+    """Returns the operator at each place of an architecture; of DARTS' cells, the normal one's first."""
+    if isinstance(genotype, Genotype):
+        return [op for op, _ in (*genotype.normal, *genotype.reduce)]
+    return list(genotype.ops)
+
+
+def places(space: Space, genotype: AnyGenotype) -> list[str]:
+    """Returns what :func:`operators`' places are called."""
+    if isinstance(genotype, Genotype):
+        return [
+            f"{cell} {n // 2}, {'first' if n % 2 == 0 else 'second'}"
+            for cell, edges in (("normal", genotype.normal), ("reduce", genotype.reduce))
+            for n in range(len(edges))
+        ]
+    if isinstance(genotype, OneShotGenotype):
+        return [f"node {n}" for n in range(1, len(genotype.ops) + 1)]
+    if space.cell_types == ("chain",):
+        return [f"layer {n}" for n in range(len(genotype.ops))]
+    return [f"{j} to {i}" for i, j in space.edges]
+
+
+def best(values: Mapping[str, float], part: float) -> list[str]:
+    """Returns the best part of some architectures, in their order; at least three. Of equals the first are kept."""
+    count = max(3, round(part * len(values)))
+    names = sorted(values, key=lambda name: -values[name] if not math.isnan(values[name]) else math.inf)[:count]
+    chosen = set(names)
+    return [name for name in values if name in chosen]
