@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,7 @@ from fastnas.data import DATASETS
 from fastnas.search import EpochRecord, Search
 from fastnas.search.config import AMP, PRESET
 from fastnas.spaces import SPACES
-from fastnas.study import Studied, StudyOptions, study
-from fastnas.study.results import summary
+from fastnas.study import StudyOptions, study
 
 HELP = "what a supernet can and cannot rank, against a table"
 
@@ -89,25 +89,34 @@ def run(namespace: Namespace, again: Again) -> int:
 
     try:
         with interruptible():
-            found = study(options, folder, progress=shown, on_epoch=on_epoch)
+            study(options, folder, progress=shown, on_epoch=on_epoch)
     except Interrupted as stop:
         out.print("stopped; the same command goes on from there")
         return 128 + stop.number
-    _show(out, found, options)
+    _show(out, folder, options.column)
     return _page(out, folder)
 
 
-def _show(out: Console, found: Studied, options: StudyOptions) -> None:
-    out.print(f"[dim]epoch  bn             subnets   Spearman  Kendall   top 1  top 10  random 10  {options.column}[/]")
-    line = "{epoch:5}  {bn:12}  {supernet_mean:8.1%}  {spearman:9.3f}  {kendall:7.3f}  {top1:6.2f}  {top10:6.2f}  "
-    for row in summary(found, options.seed):
-        out.print((line + "{random10:9.2f}").format_map(row))
+def _show(out: Console, folder: Path, column: str) -> None:
+    out.print(f"[dim]epoch  bn             subnets   Spearman  Kendall   top 1  top 10  random 10  {column}[/]")
+    line = "{epoch:5.0f}  {bn:12}  {supernet_mean:8.1%}  {spearman:9.3f}  {kendall:7.3f}  {top1:6.2f}  {top10:6.2f}"
+    with (folder / "summary.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {name: text if name == "bn" else float(text or "nan") for name, text in row.items()}
+            out.print((line + "  {random10:9.2f}").format_map(numbers))
 
 
 def _page(out: Console, folder: Path) -> int:
-    out.print(f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('*.*')))}")
+    from fastnas.report.study import write_study_page
+
+    page = write_study_page(folder)
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".csv", ".json"))
+    out.print(f"in {folder}: {', '.join(files)}; all on one page: {page}")
     return 0
 
 
 def _compare(runs: list[Path], folder: Path) -> int:
-    raise UsageError("compare")
+    from fastnas.report.study import write_comparison
+
+    console().print(f"{write_comparison(runs, folder)}, with its numbers in {folder / 'compare.csv'}")
+    return 0

@@ -56,7 +56,7 @@ class Band:
     """What lies between two lines, shaded.
 
     Attributes:
-        label: What the legend calls it.
+        label: What the legend calls it; nothing is left out of it.
         low: (T,); NaN where nothing was measured.
         high: (T,).
         color: One of this file's.
@@ -93,6 +93,8 @@ def curves_svg(
     percent: bool = False,
     log: bool = False,
     limit: float | None = None,
+    xlabel: str = "epoch",
+    xlog: bool = False,
     key: str = "curve",
 ) -> str:
     """Returns an `<svg>` element of the lines and bands over the epochs.
@@ -110,6 +112,8 @@ def curves_svg(
         percent: values are parts of 1 and shown in percent.
         log: a logarithmic axis; values must then be above 0.
         limit: a value to mark with a horizontal line.
+        xlabel: what stands in the place of the epochs.
+        xlog: a logarithmic axis for that; its values must then be above 0.
         key: starts the ids inside; different on a page for each picture.
     """
     named: list[Line | Band] = [*lines, *bands]
@@ -165,9 +169,14 @@ def curves_svg(
         axes.margins(y=0.08)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch", color=SLATE, size=_TEXT, labelpad=1)
+    if xlog:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    elif xlabel == "epoch":
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axes.set_xlabel(xlabel, color=SLATE, size=_TEXT, labelpad=1)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", color=FAINT, labelcolor=SLATE, labelsize=_TEXT, length=2, pad=2)
@@ -176,16 +185,17 @@ def curves_svg(
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set(color=FAINT, linewidth=0.8)
-    if len(named) > 1:
+    keys = [(mark, entry.label) for mark, entry in zip([*drawn, *shades], named, strict=True) if entry.label]
+    if len(keys) > 1:
         legend = axes.legend(
-            [*drawn, *shades],
-            [entry.label for entry in named],
+            [mark for mark, _ in keys],
+            [label for _, label in keys],
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
             borderaxespad=0.2,
-            ncols=len(named),
+            ncols=len(keys) if len(keys) < 5 else -(-len(keys) // 2),
             frameon=False,
-            fontsize=_TEXT,
+            fontsize=_TEXT if len(keys) < 5 else _TEXT - 2,
             labelcolor=INK,
             handlelength=1.5,
             handletextpad=0.5,

@@ -166,6 +166,21 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     found = [
         section for section in _sections(run, stages, charts) if section.pictures or section.rows or section.warning
     ]
+    return _render(
+        run.path / "report.html",
+        title=f"{_option(run, 'method')} on {_option(run, 'data')}",
+        made_by=run.made_by,
+        facts=_facts(run, stages),
+        notation=run.notation,
+        sections=found,
+        begun=bool(len(run.epochs)),
+    )
+
+
+def _render(
+    path: Path, *, sections: Sequence[_Section], notation: str = "", begun: bool = True, **content: Any
+) -> Path:
+    """Returns the path, where a page of sections was written."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -174,16 +189,13 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         lstrip_blocks=True,
     )
     text = environment.get_template("page.html").render(
-        title=f"{_option(run, 'method')} on {_option(run, 'data')}",
-        folder=run.path.resolve().name,
-        made_by=run.made_by,
-        facts=_facts(run, stages),
-        notation=run.notation,
-        warnings=[section.warning for section in found if section.warning],
-        sections=found,
-        begun=bool(len(run.epochs)),
+        folder=path.parent.resolve().name,
+        notation=notation,
+        warnings=[section.warning for section in sections if section.warning],
+        sections=sections,
+        begun=begun,
+        **content,
     )
-    path = run.path / "report.html"
     write_text(path, text)
     return path
 
@@ -493,11 +505,14 @@ def _parsed(text: str) -> AnyGenotype | None:
 
 
 def _embed(path: Path, alt: str) -> _Picture:
-    content = path.read_bytes()
+    return _embedded(path.read_bytes(), alt)
+
+
+def _embedded(content: bytes, alt: str, caption: str = "") -> _Picture:
     # PNG's first chunk has the size; a CSS pixel is 1/96 inch
     width, height = (round(int.from_bytes(content[at : at + 4], "big") * 96 / DPI) for at in (16, 20))
     source = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
-    return _Picture("", alt, source=source, width=width, height=height)
+    return _Picture(caption, alt, source=source, width=width, height=height)
 
 
 def _course(line: Line, epochs: Numbers, percent: bool) -> str:

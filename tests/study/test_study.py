@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastnas.cli import main
+from fastnas.data import ImageData
+from fastnas.report.study import write_comparison, write_study_page
+from fastnas.saliency.rank import sample
+from fastnas.saliency.statistics import correlate
+from fastnas.search import Search
+from fastnas.spaces import get_space
+from fastnas.study import StudyOptions, Subnets, study
+from fastnas.study.architectures import best, known
+from fastnas.study.evaluation import batches
+from fastnas.tabular import Table
+
+SPACE = get_space("nb201")
+OPTIONS = {"sample": "9", "channels": 4, "layers": 1, "epochs": 2, "batch_size": 16, "images": 30, "image_batch": 11}
+OPTIONS |= {"key": "cell", "column": "accuracy", "device": "cpu", "calibration": 2}
+
+
+def worth(genotype) -> float:
+    return 10 * sum("conv" in op for op in genotype.ops) - genotype.ops.count("none")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A table of the whole space, which values a cell by its convolutions."""
+    path = tmp_path_factory.mktemp("table") / "table.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["cell", "accuracy"])
+        rows.writerows([g.to_text(), worth(g)] for g in sample(SPACE, None))
+    return str(path)
+
+
+def images() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (96, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(96) % 3
+    x[labels == 1, :, :4] //= 4
+    x[labels == 2, :, 4:] //= 4
+    return ImageData(
+        name="digits", images=x, labels=labels, classes=("a", "b", "c"), mean=(0.4,), std=(0.3,), test_images=None,
+        test_labels=None,
+    )  # fmt: skip
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def done(table: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    options = StudyOptions(
+        table=table,
+        checkpoints="0,1,2",
+        bn="batch,recalibrated",
+        prune="optimistic,supernet,naswot",
+        keep="0.5",
+        **OPTIONS,
+    )
+    study(options, folder, data=images())
+    return folder
+
+
+def test_subnets_are_those_of_the_snapshots(done: Path, table: str) -> None:
+    found = rows(done / "subnets.csv")
+    genotypes = known(SPACE, Table.load(table, "cell"), "accuracy", 9).genotypes
+    assert [row["architecture"] for row in found] == [g.to_text() for g in genotypes]
+    assert [float(row["truth"]) for row in found] == [worth(g) for g in genotypes]
+    sizes = [(sum(p.numel() for p in SPACE.network(g, 4, 1, 3, 1).parameters())) for g in genotypes]
+    assert [int(row["params"]) for row in found] == sizes
+
+    options = StudyOptions(table=table, **OPTIONS)
+    search = Search(options.search(), data=images())
+    search.run()  # the same training, without a study
+    chosen = search.parts[1][:30]
+    data = images()
+    pixels = (data.images[chosen].float() / 255 - 0.4) / 0.3
+    subnets = Subnets(SPACE, search.supernet, batches(pixels, data.labels[chosen], 11, torch.device("cpu")))
+    assert [float(row["epoch2_batch"]) for row in found] == [subnets.accuracy(g) for g in genotypes]
+    assert [row["epoch0_batch"] for row in found] != [row["epoch2_batch"] for row in found]
+
+
+def test_the_summary_is_of_the_subnets(done: Path) -> None:
+    found, subnets = rows(done / "summary.csv"), rows(done / "subnets.csv")
+    assert [(row["epoch"], row["bn"]) for row in found] == [(e, bn) for e in "012" for bn in ("batch", "recalibrated")]
+    truth = np.array([float(row["truth"]) for row in subnets])
+    for row in found:
+        values = np.array([float(s[f"epoch{row['epoch']}_{row['bn']}"]) for s in subnets])
+        expected = correlate(values, truth)
+        assert float(row["spearman"]) == pytest.approx(expected.spearman.value)
+        assert float(row["kendall_low"]) == pytest.approx(expected.kendall.low)
+        assert float(row["supernet_mean"]) == pytest.approx(values.mean())
+        assert float(row["top10"]) == truth.max(), "all nine are in the top 10"
+        assert float(row["random1"]) == pytest.approx(truth.mean())
+        assert (row["stability"] == "") == (row["epoch"] == "0")
+    content = json.loads((done / "summary.json").read_text())
+    assert content["architectures"] == 9
+    assert content["truth_best"] == truth.max()
+    shares = [row for row in rows(done / "operators.csv") if row["by"] == "truth" and row["place"] == "all"]
+    assert len(shares) == 9
+    assert sum(float(shares[0][op]) for op in SPACE.primitives) == pytest.approx(1)
+    assert [float(row["mean"]) for row in shares] == sorted(truth, reverse=True)
+
+
+def test_pruned_spaces_train_on_what_they_keep(done: Path) -> None:
+    found, subnets = rows(done / "pruning.csv"), rows(done / "subnets.csv")
+    assert [row["prune"] for row in found] == ["none", "optimistic", "supernet", "naswot"]
+    assert [row["count"] for row in found] == ["9", "4", "4", "4"]
+    truth = {s["architecture"]: float(s["truth"]) for s in subnets}
+    verdict = {s["architecture"]: float(s["epoch2_batch"]) for s in subnets}
+    for kind, values in (("optimistic", truth), ("supernet", verdict)):
+        kept = (done / "pruned" / f"{kind}-0.5" / "kept.txt").read_text().splitlines()
+        assert kept == best(values, 0.5)
+        assert min(values[a] for a in kept) >= max(v for a, v in values.items() if a not in kept)
+        assert [row["architecture"] for row in rows(done / "pruned" / f"{kind}-0.5" / "subnets.csv")] == kept
+    assert float(found[1]["truth_mean"]) > float(found[0]["truth_mean"])
+    drawn = [torch.load(done / "pruned" / "optimistic-0.5" / "supernet" / "checkpoint.pt")["state"]["chosen"]]
+    assert set(drawn) <= set((done / "pruned" / "optimistic-0.5" / "kept.txt").read_text().splitlines())
+
+
+def test_a_study_that_stopped_ends_with_the_same_bytes(done: Path, table: str, tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(search: Search, record: object) -> None:
+        raise Stop
+
+    options = StudyOptions(table=table, checkpoints="0,1,2", bn="batch,recalibrated", **OPTIONS)
+    with pytest.raises(Stop):
+        study(options, tmp_path, data=images(), on_epoch=stop)
+    assert sorted(p.name for p in (tmp_path / "snapshots").iterdir()) == ["epoch-0.pt", "epoch-1.pt"]
+    study(options, tmp_path, data=images())
+    for name in ("subnets.csv", "summary.csv", "summary.json", "top.csv", "operators.csv"):
+        assert (tmp_path / name).read_bytes() == (done / name).read_bytes(), name
+    with pytest.raises(ValueError, match="image_batch=11, not 12"):
+        study(StudyOptions(table=table, **{**OPTIONS, "image_batch": 12}), tmp_path, data=images())
+
+
+def test_pages(done: Path, tmp_path: Path) -> None:
+    text = write_study_page(done).read_text()
+    assert text.count("<svg") >= 14
+    assert text.count("data:image/png;base64") == 3 * 2 + 2
+    assert "http" not in text.replace("http://www.w3.org", "")
+    assert "<script" not in text
+    page = write_comparison([done, done], tmp_path)
+    found = rows(tmp_path / "compare.csv")
+    assert [row["seeds"] for row in found] == ["2"] * 6
+    assert all(float(row["spearman_std"]) == 0 for row in found)
+    assert "Side by side" in page.read_text()
+    with pytest.raises(FileNotFoundError, match="holds no finished study"):
+        write_study_page(tmp_path / "nothing")
+
+
+def test_the_command(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "study",
+        "--table",
+        table,
+        "--key=cell",
+        "--column=accuracy",
+        "--sample=4",
+        "--channels=4",
+        "--layers=1",
+    ]
+    arguments += ["--epochs=1", "--images=20", "--batch-size=256"]
+    for seed in "01":
+        assert main([*arguments, f"--seed={seed}", "--out", str(tmp_path / seed)]) == 0
+    out = capsys.readouterr().out
+    assert "Spearman" in out
+    assert (tmp_path / "0" / "report.html").exists()
+    assert main(["study", "compare", str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "both")]) == 0
+    first, second = (float(rows(tmp_path / seed / "summary.csv")[0]["spearman"]) for seed in "01")
+    (row,) = rows(tmp_path / "both" / "compare.csv")
+    assert (row["study"], row["seeds"]) == ("", "2")
+    assert float(row["spearman_mean"]) == pytest.approx((first + second) / 2)
+    capsys.readouterr()
+    assert main(["study", "compare"]) == 2
+    assert main(["study", "--epochs=1"]) == 2
+    assert "give --table FILE" in capsys.readouterr().err
+
+
+def test_what_a_table_knows() -> None:
+    genotypes = sample(SPACE, 6)
+    texts = [g.to_text() for g in genotypes]
+    few = Table(texts, {"accuracy": [1.0, 2.0, float("nan"), 4.0, 5.0, 6.0]})
+    found = known(SPACE, few, "accuracy", None)
+    assert dict(zip((g.to_text() for g in found.genotypes), found.truth, strict=True)) == {
+        text: float(n + 1) for n, text in enumerate(texts) if n != 2
+    }
+    assert known(SPACE, few, "accuracy", 3).genotypes == known(SPACE, few, "accuracy", 5).genotypes[:3]
+    with pytest.raises(ValueError, match="the table knows 5 architectures"):
+        known(SPACE, few, "accuracy", 6)
+    with pytest.raises(ValueError, match="no architecture of the space darts"):
+        known(get_space("darts"), few, "accuracy", 3)
+    cells = '{"normal": [["none", 0], ["none", 1]], "reduce": [["none", 0], ["none", 1]]}'.replace(
+        "none", "skip_connect"
+    )
+    with pytest.raises(ValueError, match="no architecture of the space darts"):  # cells of one node
+        known(get_space("darts"), Table([cells], {"accuracy": [1.0]}), "accuracy", 1)
+
+
+def test_errors_are_turned_round() -> None:
+    space = get_space("nb1shot1-s1")
+    genotypes = sample(space, 4)
+    table = Table([g.canonical().to_text() for g in genotypes], {"test": [0.1, 0.2, 0.3, 0.4]})
+    assert sorted(best({"a": 1.0, "b": float("nan"), "c": 3.0, "d": 2.0}, 0.1)) == ["a", "c", "d"]
+    with pytest.raises(ValueError, match="no architecture of the space"):
+        known(SPACE, table, "test", 3, errors=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bn": "running"}, "bn='running': expected batch, recalibrated, inherited"),
+        ({"checkpoints": "1,9", "epochs": 3}, "checkpoints='1,9': expected epochs from 0 to epochs=3"),
+        ({"prune": "luck"}, "prune='luck': expected some of optimistic, random, supernet"),
+        ({"prune": "random", "keep": "2"}, "keep='2'"),
+        ({"sample": "2"}, "sample='2'"),
+        ({"fair": True, "paths": 2}, "fair=True has paths of its own"),
+    ],
+)
+def test_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudyOptions(**options)
+
+
+def test_published_options() -> None:
+    options = StudyOptions(data="cifar10")
+    assert (options.batch_size, options.epochs, options.lr, options.lr_min) == (192, 600, 0.05, 0.0)
+    assert (options.weight_decay, options.clip, options.epochs_studied) == (1e-4, 5.0, (600,))
+    assert StudyOptions(data="cifar10", space="darts").batch_size == 128
+    assert options.search().relaxation == "uniform"
