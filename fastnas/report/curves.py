@@ -32,6 +32,7 @@ _NAMES = {
 }
 _SIZE = (4.2, 2.55)  # inches
 _TEXT = 9.0  # points
+_FEW = 6  # values that all have a tick
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def curves_svg(
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+        if len(epochs) <= _FEW:  # which may all lie within a decade
+            axes.set_xticks(epochs)
     elif xlabel == "epoch":
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))

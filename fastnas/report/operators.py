@@ -54,9 +54,9 @@ def operators_figure(
     legend = 0.2 * -(-len(primitives) // 5)
     figure.subplots_adjust(
         left=0.75 / figure.get_figwidth(),
-        right=0.985,
+        right=0.96,
         top=1 - 0.28 / height,
         bottom=(0.3 + legend) / height,
-        wspace=0.08,
+        wspace=0.12,
     )
     return figure

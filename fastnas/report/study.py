@@ -23,6 +23,7 @@ from .curves import BLUE, GREEN, ORANGE, PURPLE, Band, Line, curves_svg
 from .operators import operators_figure
 from .page import Numbers, _course, _embedded, _number, _Picture, _read_metrics, _render, _rounded, _Section, _shown
 from .scatter import scatter_figure
+from .style import SLATE
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _SCATTERS = 12  # at most so many pictures of points
@@ -193,7 +194,7 @@ def _finding(study: _Study, draw: _Pictures) -> list[_Picture]:
     pictures, bn = [], study.modes[0]
     for k in (1, 10):
         lines = _by_mode(study, f"top{k}")
-        lines.append(Line(f"random {k}", study.series(f"random{k}", bn), PURPLE, dashed=True))
+        lines.append(Line(f"random {k}", study.series(f"random{k}", bn), SLATE, dashed=True))
         pictures += draw(f"Ground truth of the best of the first {k}", study.epochs, lines)
     top = _read_table(study.path / "top.csv")
     if top:
@@ -201,14 +202,14 @@ def _finding(study: _Study, draw: _Pictures) -> list[_Picture]:
         by = {name: _where(top, by=name) for name in ("random", "params", "flops")}
         by["supernet"] = _where(top, by="supernet", epoch=last, bn=bn)
         x = _numbers(by["random"], "k")
-        colors = {"supernet": BLUE, "random": PURPLE, "params": GREEN, "flops": ORANGE}
+        colors = {"supernet": BLUE, "random": SLATE, "params": GREEN, "flops": ORANGE}
         lines = [
             Line(name, _numbers(by[name], "best"), color, dashed=name != "supernet") for name, color in colors.items()
         ]
-        band = Band("", _numbers(by["random"], "low"), _numbers(by["random"], "high"), PURPLE)
+        band = Band("", _numbers(by["random"], "low"), _numbers(by["random"], "high"), SLATE)
         pictures += draw(f"Ground truth of the best of the first k, bn {bn}", x, lines, [band], xlabel="k", xlog=True)
     lines = _by_mode(study, "bottom_recall")
-    lines.append(Line("chance", study.series("bottom_chance", bn), PURPLE, dashed=True))
+    lines.append(Line("chance", study.series("bottom_chance", bn), SLATE, dashed=True))
     pictures += draw("Part of the worst tenth that it ranks in the last tenth", study.epochs, lines, percent=True)
     return pictures
 
@@ -312,7 +313,7 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
                 if kind == "optimistic"
             ]
             whole = np.full(len(x), _numbers(table, "random10_whole")[0])
-            lines.append(Line("random, all", whole, PURPLE, dashed=True))
+            lines.append(Line("random, all", whole, SLATE, dashed=True))
         pictures += draw(caption, x, lines, percent=percent, xlabel="part of the architectures that is kept", xlog=True)
     return pictures
 

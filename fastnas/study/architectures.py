@@ -85,7 +85,7 @@ def _worth(table: Table, column: str, errors: bool) -> dict[str, float]:
 
 def _parsed(row: str) -> AnyGenotype:
     if row.lstrip().startswith("{") and '"normal"' in row:
-        return parse_cells(row, "table")
+        return parse_cells(row, f"table: {row}")
     return parse_genotype(row)
 
 

@@ -123,6 +123,8 @@ class StudyOptions:
         for kind in self.prunings:
             if kind not in known:
                 raise ValueError(f"prune={self.prune!r}: expected some of {', '.join(known)}")
+        if self.prunings and self.fair:
+            raise ValueError("fair=True with prune: pruned spaces have not every choice; leave one of them out")
         if self.prunings and not all(0 < part < 1 for part in self.parts_kept):
             raise ValueError(f"keep={self.keep!r}: expected parts between 0 and 1, such as 0.5,0.25,0.1")
 

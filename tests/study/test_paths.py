@@ -9,7 +9,8 @@ from torch import Tensor
 from fastnas.search import Search, SearchConfig
 
 CONFIG = {"space": "nb201", "method": "random-ws", "channels": 4, "layers": 1, "batch_size": 16, "candidates": 1}
-CONFIG |= {"device": "cpu", "discrete": False, "epochs": 1, "clip": 0.0, "momentum": 0.0, "weight_decay": 0.0, "pad": 0}
+CONFIG |= {"device": "cpu", "discrete": False, "epochs": 1, "clip": 0.0, "momentum": 0.0, "weight_decay": 0.0}
+CONFIG |= {"nesterov": False}
 
 
 def one_step(**options: object) -> tuple[list[dict[str, list[int]]], dict[str, Tensor], dict[str, Tensor]]:

@@ -111,3 +111,55 @@ def test_what_is_needed() -> None:
         Subnets(get_space("nb201"), net, batches(x, y, 8, CPU), "running")
     with pytest.raises(ValueError, match="bn='recalibrated' needs training batches"):
         Subnets(get_space("nb201"), net, batches(x, y, 8, CPU), "recalibrated")
+
+
+class Choices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, k, padding=k // 2), nn.BatchNorm2d(4)) for k in (1, 3))
+        self.runs = 0
+
+    def forward(self, x: Tensor, weights: Tensor, choice: int) -> Tensor:
+        self.runs += 1
+        return weights[choice] * self.ops[choice](x).relu()
+
+
+class Chain(nn.Module):
+    """A supernet of layers that choose one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.features = nn.ModuleList(Choices() for _ in range(4))
+        self.classifier = nn.Linear(4, 3)
+
+    def mixed_ops(self) -> None:
+        raise AssertionError
+
+    def forward(self, x: Tensor, weights: dict, *, path: dict, between=None) -> Tensor:
+        x = self.stem(x)
+        for layer, row, choice in zip(self.features, weights["chain"], path["chain"], strict=True):
+            x = layer(x, row, choice)
+            x = x if between is None else between((x,))[0]
+        return self.classifier(x.mean((2, 3)))
+
+
+class ChainSpace:
+    primitives = ("one", "three")
+
+    def encode(self, path: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"chain": nn.functional.one_hot(torch.tensor(path), 2).float()}
+
+
+@pytest.mark.parametrize("bn", BN_MODES)
+def test_layers_that_chains_have_in_common_are_computed_once(bn: str) -> None:
+    torch.manual_seed(0)
+    net, x, y = Chain(), torch.randn(23, 2, 8, 8), torch.randint(3, (23,))
+    images = batches(x, y, 8, CPU)
+    paths = [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 0, 1, 1), (1, 0, 1, 1), (0, 0, 1, 0)]
+    subnets = Subnets(ChainSpace(), net, images, bn, training=images)
+    found = [subnets.accuracy(path) for path in paths]
+    apart = [Subnets(ChainSpace(), net, images, bn, training=images).accuracy(path) for path in paths]
+    assert found == apart
+    runs = sum(layer.runs for layer in subnets._net.features)
+    assert runs == (len(images) * (4 + 1 + 2 + 1 + 4 + 4) if bn != "recalibrated" else 2 * len(images) * 24)
