@@ -14,7 +14,7 @@ from fastnas.tabular import Table
 from fastnas.tabular.nasbench301 import parse_cells
 
 _PROBES = 50
-_FAILURES = 100_000  # draws one after another that are nothing new, until the space counts as exhausted
+_FAILURES = 20_000  # draws one after another that are nothing new, until the space counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Known:
 def known(space: Space, table: Table, column: str, count: int | None, seed: int = 0, *, errors: bool = False) -> Known:
     """Returns random architectures of a space that a table knows, or all of them.
 
-    They are drawn from the space where the table has most of it, and else from the table's rows. A larger count begins
+    They are drawn from the space where the table has most of it, or has graphs that a space writes in several ways, and
+    else from the table's rows. A larger count begins
     with the architectures of a smaller one of the same seed. In a space of chains they are then sorted, as
     :class:`~fastnas.study.evaluation.Subnets` likes it.
 
@@ -52,7 +53,7 @@ def known(space: Space, table: Table, column: str, count: int | None, seed: int 
     generator = torch.Generator().manual_seed(seed)
     probes = [_key(space.sample(generator)) in worth for _ in range(_PROBES)]
     whole = list(getattr(space, "all", list)()) if count is None else []
-    if 2 * sum(probes) < _PROBES:
+    if 2 * sum(probes) < _PROBES and not isinstance(_parsed(table.rows[0]), OneShotGenotype):
         rows = [row for row in map(_parsed, table.rows) if _belongs(space, row)]
         if not rows:
             raise ValueError(f"the table has no architecture of the space {space.name}: {table.rows[0]}")
@@ -70,8 +71,10 @@ def known(space: Space, table: Table, column: str, count: int | None, seed: int 
             if new:
                 chosen[genotype.to_text()] = genotype
         found = list(chosen.values())
-    if count is not None and len(found) < count:
-        raise ValueError(f"sample={count}: the table knows {len(found)} architectures of the space {space.name}")
+    if len(found) < (count or 1):
+        raise ValueError(
+            f"sample={count or 'all'}: the table knows {len(found)} architectures of the space {space.name}"
+        )
     if len(space.cell_types) == 1 and space.cell_types[0] == "chain":
         found.sort(key=lambda genotype: genotype.to_text())
     return Known(found, [worth[_key(g)] for g in found])
