@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from fastnas.commands._common import (
     interruptible,
     option_names,
     progress,
+    show_value,
 )
 from fastnas.data import DATASETS
 from fastnas.search import EpochRecord, Search
@@ -30,11 +32,17 @@ from fastnas.study import StudyOptions, study
 
 HELP = "what a supernet can and cannot rank, against a table"
 
+
+def _default(action: argparse.Action) -> str:
+    known = action.dest in StudyOptions.__dataclass_fields__ and action.default not in (PRESET, "")
+    return f" (default: {show_value(action.default)})" if known else ""
+
+
 describe(
     "study",
     StudyOptions,
     {"space": sorted(SPACES), "data": list(DATASETS), "amp": list(AMP)},
-    default=lambda action: "" if action.default is PRESET or action.default == "" else f" (default: {action.default})",
+    default=_default,
 )
 
 

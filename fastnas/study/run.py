@@ -85,10 +85,10 @@ def study(
     table = open_table(options.table, options.space, options.key)
     of = known(space, table, options.column, count, options.seed, errors=options.errors)
     data = load(options.data, options.root) if data is None else data
-    _write_options(folder, options)
     runner = _Runner(options, data, progress, on_epoch)
     sizes = {name: runner.scores(name, of.genotypes, folder) for name in ("params", "flops")}
     whole = runner.supernet(folder, of, sizes)
+    _write_options(folder, options)
     write_results(folder, space, options, whole)
     rows = [pruning_row("none", 1.0, whole, whole)]
     for kind in options.prunings:
