@@ -235,10 +235,10 @@ def _read_metrics(path: Path) -> dict[str, list[str]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, restval="", restkey="")
-            rows = list(reader)
+            rows, names = list(reader), reader.fieldnames or ()
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    columns = {name: [row[name] for row in rows] for name in reader.fieldnames or () if name}
+    columns = {name: [row[name] for row in rows] for name in names if name}
     if "epoch" not in columns or not all(math.isfinite(_number(text)) for text in columns["epoch"]):
         raise ValueError(f"{path} cannot be read: it needs a column 'epoch' with a number in every row")
     return columns

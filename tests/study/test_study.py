@@ -115,8 +115,8 @@ def test_the_summary_is_of_the_subnets(done: Path) -> None:
 
 def test_pruned_spaces_train_on_what_they_keep(done: Path) -> None:
     found, subnets = rows(done / "pruning.csv"), rows(done / "subnets.csv")
-    assert [row["prune"] for row in found] == ["none", "optimistic", "supernet"]
-    assert [row["count"] for row in found] == ["9", "4", "4"]
+    assert [row["prune"] for row in found] == ["none", "optimistic", "supernet", "naswot"]
+    assert [row["count"] for row in found] == ["9", "4", "4", "4"]
     truth = {s["architecture"]: float(s["truth"]) for s in subnets}
     verdict = {s["architecture"]: float(s["epoch2_batch"]) for s in subnets}
     for kind, values in (("optimistic", truth), ("supernet", verdict)):
