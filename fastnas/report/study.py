@@ -299,12 +299,7 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
             found |= dict(zip(_numbers(part, "keep"), _numbers(part, name), strict=True))
         return np.array([found.get(keep, math.nan) for keep in x])
 
-    for name, caption, percent in (
-        ("top10", "Ground truth of the best of the supernet’s first 10", False),
-        ("spearman", "Spearman’s ρ", False),
-        ("supernet_mean", "Average accuracy of the subnets", True),
-        ("supernet_best", "Best accuracy of a subnet", True),
-    ):
+    for name, (caption, percent) in _PRUNED.items():
         lines = [Line(kind, values(kind, name), _COLORS[n % 4]) for n, kind in enumerate(kinds)]
         if name == "top10":
             lines += [
@@ -314,7 +309,7 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
             ]
             whole = np.full(len(x), _numbers(table, "random10_whole")[0])
             lines.append(Line("random, all", whole, SLATE, dashed=True))
-        pictures += draw(caption, x, lines, percent=percent, xlabel="part of the architectures that is kept", xlog=True)
+        pictures += draw(caption, x, lines, percent=percent, xlabel=_KEPT, xlog=True)
     return pictures
 
 
@@ -336,6 +331,13 @@ _COMPARED = {
     "supernet_mean": "Average accuracy of the subnets",
     "supernet_best": "Best accuracy of a subnet",
 }
+_PRUNED = {
+    "top10": ("Ground truth of the best of the supernet’s first 10", False),
+    "spearman": ("Spearman’s ρ", False),
+    "supernet_mean": ("Average accuracy of the subnets", True),
+    "supernet_best": ("Best accuracy of a subnet", True),
+}
+_KEPT = "part of the architectures that is kept"
 _ALIKE = {"seed", "made_by", "jobs", "threads", "device", "root", "table"}
 
 
@@ -343,7 +345,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
     """Returns the path of `report.html` in `folder`, one page that shows several studies side by side.
 
     Studies whose options differ in nothing but the seed are one: mean and standard deviation over them. The numbers are
-    in `compare.csv` beside it.
+    in `compare.csv` beside it, those of pruned spaces in `compare_pruning.csv`.
 
     Args:
         folders: of the studies.
@@ -359,12 +361,10 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
     rows = [row for label, studies in groups.items() for row in _compared(label, studies)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    names = list(rows[0])
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "compare.csv", text.getvalue())
+    pruned = [row for label, studies in groups.items() for row in _compared_pruning(label, studies)]
+    _write_rows(folder / "compare.csv", rows)
+    if pruned:
+        _write_rows(folder / "compare_pruning.csv", pruned)
     x = np.unique([_number(str(row["epoch"])) for row in rows])
     pictures = []
     for name, caption in _COMPARED.items():
@@ -379,12 +379,13 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
             lines.append(Line(title, mean, _COLORS[n % 4], dashed=n >= 4))
             bands.append(Band("", mean - std, mean + std, _COLORS[n % 4]))
         pictures += draw(caption, x, lines, bands, percent=name in ("supernet_mean", "supernet_best", "bottom_recall"))
-    table = {name: [_shown(row[name]) for row in rows] for name in names}
+    table = {name: [_shown(row[name]) for row in rows] for name in rows[0]}
     listed = [
         [label or "all", str(study.path), str(study.options["seed"])] for label, g in groups.items() for study in g
     ]
     sections = [
         _Section("curves", "Side by side", pictures, note=_SIDE),
+        *([_Section("pruning", "Pruned search spaces", _compare_pruning(pruned, draw))] if pruned else []),
         _numbers_section("numbers", "Numbers", table, "compare.csv, rounded to four digits"),
         _Section("studies", "Studies", heading=("Study", "Folder", "Seed"), rows=listed),
     ]
@@ -423,11 +424,54 @@ def _compared(label: str, studies: Sequence[_Study]) -> list[dict[str, object]]:
         for t, epoch in enumerate(studies[0].epochs):
             row: dict[str, object] = {"study": label, "bn": bn, "epoch": f"{epoch:g}", "seeds": len(studies)}
             for name in _COMPARED:
-                values = np.array([study.series(name, bn)[t] for study in studies])
-                row[f"{name}_mean"] = float(values.mean())
-                row[f"{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+                row |= _over_seeds(name, [study.series(name, bn)[t] for study in studies])
             rows.append(row)
     return rows
+
+
+def _compared_pruning(label: str, studies: Sequence[_Study]) -> list[dict[str, object]]:
+    tables = [study.pruning for study in studies if "prune" in study.pruning]
+    keys = dict.fromkeys(key for table in tables for key in zip(table["prune"], table["keep"], strict=True))
+    rows: list[dict[str, object]] = []
+    for kind, keep in keys:
+        parts = [part for table in tables if (part := _where(table, prune=kind, keep=keep))["prune"]]
+        row: dict[str, object] = {"study": label, "prune": kind, "keep": keep, "seeds": len(parts)}
+        for name in _PRUNED:
+            row |= _over_seeds(name, [_numbers(part, name)[0] for part in parts])
+        rows.append(row)
+    return rows
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {f"{name}_mean": float(np.mean(values)), f"{name}_std": std}
+
+
+def _compare_pruning(rows: Sequence[Mapping[str, object]], draw: _Pictures) -> list[_Picture]:
+    """Returns the pictures of pruned spaces, a line a study and a verdict; all of the architectures is part 1."""
+    x = np.unique([_number(str(row["keep"])) for row in rows])
+    named = [pair for pair in dict.fromkeys((row["study"], row["prune"]) for row in rows) if pair[1] != "none"]
+    pictures = []
+    for name, (caption, percent) in _PRUNED.items():
+        lines, bands = [], []
+        for n, (label, kind) in enumerate(named):
+            own = {_number(str(r["keep"])): r for r in rows if r["study"] == label and r["prune"] in (kind, "none")}
+            mean, std = (
+                np.array([_number(str(own[keep][f"{name}_{what}"])) if keep in own else math.nan for keep in x])
+                for what in ("mean", "std")
+            )
+            lines.append(Line(f"{label}, {kind}" if label else str(kind), mean, _COLORS[n % 4], dashed=n >= 4))
+            bands.append(Band("", mean - std, mean + std, _COLORS[n % 4]))
+        pictures += draw(caption, x, lines, bands, percent=percent, xlabel=_KEPT, xlog=True)
+    return pictures
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _read_table(path: Path) -> dict[str, list[str]]:

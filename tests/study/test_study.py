@@ -170,7 +170,12 @@ def test_pages(done: Path, tmp_path: Path) -> None:
         assert float(row["spearman_mean"]) == pytest.approx(float(one["spearman"]) + 0.1)
         assert float(row["spearman_std"]) == pytest.approx(0.2 / 2**0.5)
     (other / "study.json").write_text(json.dumps({**options, "lr": 0.3}))
-    write_comparison([done, other], both)
+    (other / "pruning.csv").write_bytes((done / "pruning.csv").read_bytes())
+    text = write_comparison([done, other], both).read_text()
+    assert "Pruned search spaces" in text
+    pruned = rows(both / "compare_pruning.csv")
+    ours = rows(done / "pruning.csv")
+    assert [row["top10_mean"] for row in pruned] == 2 * [row["top10"] for row in ours]
     assert {(row["study"], row["seeds"]) for row in rows(both / "compare.csv")} == {("lr 0.1", "1"), ("lr 0.3", "1")}
     with pytest.raises(FileNotFoundError, match="holds no finished study"):
         write_study_page(tmp_path / "nothing")
