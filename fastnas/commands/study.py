@@ -25,8 +25,9 @@ from fastnas.commands._common import (
     show_value,
 )
 from fastnas.data import DATASETS
+from fastnas.runs.machine import AMP
 from fastnas.search import EpochRecord, Search
-from fastnas.search.config import AMP, PRESET
+from fastnas.search.config import PRESET
 from fastnas.spaces import SPACES
 from fastnas.study import StudyOptions, study
 

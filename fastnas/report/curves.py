@@ -57,7 +57,7 @@ class Band:
     """What lies between two lines, shaded.
 
     Attributes:
-        label: What the legend calls it; nothing is left out of it.
+        label: What the legend calls it; it is left out where this is empty.
         low: (T,); NaN where nothing was measured.
         high: (T,).
         color: One of this file's.
@@ -119,7 +119,9 @@ def curves_svg(
     """
     named: list[Line | Band] = [*lines, *bands]
     figure = Figure(figsize=_SIZE)
-    axes = figure.add_axes((0.135, 0.15, 0.845, 0.72 if len(named) > 1 else 0.8))
+    keyed = sum(bool(entry.label) for entry in named)
+    lines_of_keys = 1 if keyed < 5 else -(-keyed // 3)
+    axes = figure.add_axes((0.135, 0.15, 0.845, 0.78 - 0.06 * lines_of_keys if keyed > 1 else 0.8))
     axes.patch.set_visible(False)
     shaded = stages if len(stages) > 1 else ()
     for n, stage in enumerate(shaded):
@@ -196,9 +198,9 @@ def curves_svg(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
             borderaxespad=0.2,
-            ncols=len(keys) if len(keys) < 5 else -(-len(keys) // 2),
+            ncols=len(keys) if lines_of_keys == 1 else 3,
             frameon=False,
-            fontsize=_TEXT if len(keys) < 5 else _TEXT - 2,
+            fontsize=_TEXT if lines_of_keys == 1 else _TEXT - 2,
             labelcolor=INK,
             handlelength=1.5,
             handletextpad=0.5,

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastnas.genotype import AnyGenotype
+from fastnas.runs.checkpoint import Checkpoints
+from fastnas.runs.machine import AMP
 from fastnas.saliency.rank import Scored, Scorer
-from fastnas.search import checkpoint
-from fastnas.search.config import AMP
 from fastnas.search.loop import Arguments, path_of
 from fastnas.spaces import Space
 
 BN_MODES = ("batch", "recalibrated", "inherited")
 """Whose statistics normalise a subnet: those of the batch it sees, those of training batches that it is shown first, or
 the running ones of the supernet, which are of all paths."""
+
+SNAPSHOTS = Checkpoints("supernet", 1)
 
 Images = Sequence[tuple[Tensor, Tensor]]
 """Batches of normalised images and their labels."""
@@ -257,7 +259,7 @@ class SubnetJob:
         """Returns the scorer: its score is the accuracy, 0 to 1."""
         device = torch.device(self.device)
         supernet = self.space.supernet(*self.sizes)
-        supernet.load_state_dict(checkpoint.load(self.snapshot)["supernet"])
+        supernet.load_state_dict(SNAPSHOTS.load(self.snapshot)["supernet"])
         images, training = (
             batches(torch.from_numpy(x), torch.from_numpy(y), size, device)
             for (x, y), size in zip((self.images, self.training), self.batch_sizes, strict=True)
@@ -297,7 +299,7 @@ def save_snapshot(path: str | os.PathLike[str], supernet: nn.Module, epoch: int)
     Raises:
         OSError: where the file cannot be written.
     """
-    checkpoint.save(path, {"epoch": epoch, "supernet": supernet.state_dict()})
+    SNAPSHOTS.save(path, {"epoch": epoch, "supernet": supernet.state_dict()})
 
 
 def subnet_arguments(space: Space, supernet: nn.Module, genotype: AnyGenotype) -> Arguments:
