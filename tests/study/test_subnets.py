@@ -12,7 +12,7 @@ from fastnas.spaces import get_space
 from fastnas.study.evaluation import BN_MODES, Finetuning, SubnetJob, Subnets, batches, save_snapshot, subnet_arguments
 
 CPU = torch.device("cpu")
-SIZES = {"nb201": (4, 1, 3, 2), "darts": (4, 3, 3, 2), "nb1shot1-s1": (4, 3, 3, 2)}
+SIZES = {"nb201": (4, 1, 3, 2), "darts": (4, 3, 3, 2), "nb1shot1-s1": (4, 3, 3, 2), "nb-macro": (4, 8, 3, 2)}
 
 
 def made(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
@@ -46,7 +46,7 @@ def by_hand(name: str, net: nn.Module, genotype, images, bn: str, training) -> f
 
 @pytest.mark.parametrize(
     ("name", "bn"),
-    [*(("nb201", bn) for bn in BN_MODES), ("nb1shot1-s1", "recalibrated"), ("darts", "batch")],
+    [*(("nb201", bn) for bn in BN_MODES), ("nb1shot1-s1", "recalibrated"), ("darts", "batch"), ("nb-macro", "batch")],
 )
 def test_accuracies_are_those_of_the_supernet_itself(name: str, bn: str) -> None:
     net, x, y = made(name)
