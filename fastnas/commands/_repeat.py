@@ -33,8 +33,8 @@ class RepeatOptions:
     Attributes:
         repeat: Search with this many seeds, seed, seed + 1, ..., each in a folder of its own in the run folder. With
             --pick, 1 or more; 0 is a single search.
-        pick: Train each architecture for a short time on the images that trained the weights, test it on those that
-            trained the alphas, and keep the best (DARTS, arXiv:1806.09055, section 3.1.1).
+        pick: Train each architecture from scratch for a short time on a part of the training images, train_portion,
+            test it on the rest, and keep the best (DARTS, arXiv:1806.09055, section 3).
         pick_recipe: How it is trained: a recipe of fastnas train, or a YAML file. (default: that of the architecture
             and the data, with a sixth of its epochs, as DARTS' 100 of 600)
         minutes: Go on with further seeds until searches and trainings together have taken this long: with the method
@@ -64,7 +64,7 @@ class Found:
     Attributes:
         seed: Its seed.
         supernet: The supernet's accuracy on the validation images, 0 to 1; None where none was trained.
-        accuracy: The architecture's after a short training, on the same images; None without one.
+        accuracy: The architecture's after a short training, on the training images that it left out; None without one.
         search_seconds: Wall-clock time of the search.
         train_seconds: Of the training.
         genotype: The architecture, in its space's notation.
