@@ -87,7 +87,9 @@ def test_broken_files(tmp_path, data, message):
 
 
 @pytest.mark.parametrize(
-    "data", [b"no gzip", gzip.compress(TEXT.encode())[:40], gzip.compress(b"")[:10] + zlib.compress(b"x")]
+    "data",
+    [b"no gzip", gzip.compress(TEXT.encode())[:40], gzip.compress(b"")[:10] + zlib.compress(b"x")],
+    ids=["not gzip", "cut short", "damaged"],  # the bytes hold the time
 )
 def test_broken_archives(tmp_path, data):
     path = tmp_path / "broken.csv.gz"
