@@ -40,24 +40,45 @@ def test_the_best_after_a_short_training_is_picked(command, tmp_path, capsys):
         options = yaml.safe_load((out / f"seed-{row['seed']}" / "short" / "config.yaml").read_text())
         assert (options["genotype"], options["validate"], options["epochs"]) == (row["genotype"], 0.5, 2)
 
-    # a third one; the first two are not run again, or their seconds would differ
-    assert main([*command, "--method=darts", "--epochs=1", "--repeat=3", "--seed=3", f"--out={out}", "--resume"]) == 0
+    # a third one; the first two are not run again, and the folder knows the other options
+    (out / "seed-3" / "genotype.json").unlink()
+    assert main(["search", f"--out={out}", "--repeat=3", "--resume"]) == 0
     assert rows(out)[:2] == found
     assert len(rows(out)) == 3
+    assert not (out / "seed-3" / "genotype.json").exists()
 
 
-def test_random_search_on_a_budget(command, tmp_path, monkeypatch):
+def test_random_search_on_a_budget(command, tmp_path):
     out = tmp_path / "run"
-    options = [*command, "--method=random", "--repeat=1", f"--out={out}"]
-    assert main([*options, "--minutes=0.001"]) == 0
+    assert main([*command, "--method=random", "--repeat=1", f"--out={out}", "--minutes=0.001"]) == 0
     (first,) = rows(out)  # it took longer than that
-    assert (first["supernet"], first["search_seconds"]) == ("", "0")
-    minutes = 1.5 * float(first["train_seconds"]) / 60
-    assert main([*options, "--resume", f"--minutes={minutes}"]) == 0
+    assert first["supernet"] == ""
+    minutes = 1.5 * seconds([first]) / 60
+    assert main(["search", "--resume", f"--out={out}", f"--minutes={minutes}"]) == 0
     found = rows(out)
-    spent = [float(row["train_seconds"]) for row in found]
     assert found[0] == first
-    assert sum(spent[:-1]) < 60 * minutes <= sum(spent)
+    assert seconds(found[:-1]) < 60 * minutes <= seconds(found)
+
+
+def test_what_trains_nothing_takes_time_too(tmp_path):
+    out = tmp_path / "run"
+    assert main([*TINY, "--data=digits", "--method=random", "--repeat=1", "--minutes=0.002", f"--out={out}"]) == 0
+    assert 0.12 <= seconds(rows(out)) < 30
+
+
+def seconds(found):
+    return sum(float(row["search_seconds"]) + float(row["train_seconds"]) for row in found)
+
+
+def test_the_short_training_is_checked_before_the_search(command, tmp_path, capsys):
+    options = [option for option in command if not option.startswith("--pick_recipe")]
+    (tmp_path / "bad.yaml").write_text("recipe: digits\nauxiliary: 0.4")  # digits of 8x8 pixels are too small for it
+    assert (
+        main([*options, "--method=darts", "--repeat=2", f"--pick_recipe={tmp_path}/bad.yaml", f"--out={tmp_path}/run"])
+        == 2
+    )
+    assert "auxiliary" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "seed-0").exists()
 
 
 @pytest.mark.parametrize(

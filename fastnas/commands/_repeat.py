@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import itertools
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastnas._files import write_text
 from fastnas.commands import train
-from fastnas.genotype import load_genotype
-from fastnas.runs.folder import read_metrics
+from fastnas.genotype import load_genotype, parse_genotype
+from fastnas.runs.folder import Folder, read_metrics
 from fastnas.search import SearchConfig
+from fastnas.search.config import GROUPS
 from fastnas.search.run import RunFolder
+from fastnas.spaces import get_space
 from fastnas.train import TrainConfig, TrainFolder, Training
 from fastnas.train.config import RECIPE
 
@@ -36,7 +39,7 @@ class RepeatOptions:
         pick: Train each architecture from scratch for a short time on a part of the training images, train_portion,
             test it on the rest, and keep the best (DARTS, arXiv:1806.09055, section 3).
         pick_recipe: How it is trained: a recipe of fastnas train, or a YAML file. (default: that of the architecture
-            and the data, with a sixth of its epochs, as DARTS' 100 of 600)
+            and the data, with a sixth of its epochs, as DARTS' 100 of 600, and no auxiliary head)
         minutes: Go on with further seeds until searches and trainings together have taken this long: with the method
             random, random search on the same budget.
     """
@@ -77,62 +80,132 @@ class Found:
     train_seconds: float
     genotype: str
 
+    @classmethod
+    def read(cls, row: Mapping[str, str]) -> Found:
+        """Returns what a row of ``searches.csv`` says.
+
+        Raises:
+            ValueError: where it is no such row.
+        """
+        try:
+            supernet, accuracy = (float(row[name]) if row[name] else None for name in ("supernet", "accuracy"))
+            searched, trained = (float(row[name]) for name in ("search_seconds", "train_seconds"))
+            return cls(int(row["seed"]), supernet, accuracy, searched, trained, row["genotype"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"searches.csv is damaged ({error}): remove it, and the finished seeds are read again"
+            ) from None
+
+
+class RepeatFolder(Folder):
+    """The folder of several searches: the options, what each seed came to, and the architecture that was picked.
+
+    Each seed has a run folder of its own in it, ``seed-<seed>``, and in that its short training, ``short``.
+
+    Args:
+        path: The folder.
+    """
+
+    COMMAND = "search"
+    KIND = "Several searches"
+    FILES = ("config.yaml", "searches.csv", "genotype.json", "genotype.txt")
+    GROUPS: ClassVar[tuple[type, ...]] = (RepeatOptions, *GROUPS)
+
+    def start(self, options: RepeatOptions, config: SearchConfig, *, overwrite: bool = False) -> None:
+        """Makes the folder and writes its ``config.yaml``.
+
+        Raises:
+            FileExistsError: as :meth:`check_free`.
+            OSError: where the folder cannot be written.
+        """
+        self._start({**asdict(options), **config.to_dict()}, overwrite=overwrite)
+
+    def found(self) -> list[Found]:
+        """Returns what the seeds came to that are done."""
+        path = self.path / "searches.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [Found.read(row) for row in csv.DictReader(file)]
+
+    def write(self, found: list[Found]) -> None:
+        """Writes what the seeds came to."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [f.name for f in fields(Found)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(one) for one in found)
+        write_text(self.path / "searches.csv", text.getvalue())
+
 
 def repeat(
     options: RepeatOptions,
     config: SearchConfig,
-    folder: Path,
-    search: Callable[[SearchConfig, RunFolder], int],
+    folder: RepeatFolder,
+    search: Callable[[SearchConfig, RunFolder, str], int],
     *,
-    overwrite: bool,
+    resume: bool,
     out: Console,
 ) -> int:
-    """Returns the exit status after the searches and what follows them.
+    """Returns the exit status after the searches and what follows them; seeds that are done are not run again.
 
     Args:
         options: How many, and what follows.
         config: Of the first; the others differ in the seed.
-        folder: Gets a folder for each seed, ``searches.csv`` and, where one was picked, its genotype.
-        search: Runs one search, or what is left of it, and returns its exit status.
-        overwrite: Whether what earlier searches left in the folder is replaced; else it is gone on with.
+        folder: Where they are.
+        search: Runs one search, or what is left of it, and returns its exit status; its last argument is the command
+            that goes on after a stop.
+        resume: Whether short trainings that were stopped go on.
         out: Where to print.
     """
+    again = f"fastnas search --resume --out {shlex.quote(str(folder.path))}"
+    if options.pick:  # an option that does not fit shows before the first search, not after it
+        example = get_space(config.space).sample(torch.Generator().manual_seed(config.seed))
+        Training(_short(options, config, example.to_text()))
+    done = {one.seed: one for one in folder.found()}
     found: list[Found] = []
     for n in itertools.count():
         spent = sum(one.search_seconds + one.train_seconds for one in found)
         if n >= options.repeat and spent >= 60 * options.minutes:
             break
-        one = dataclasses.replace(config, seed=config.seed + n)
-        out.print(
-            f"[bold]seed {one.seed}[/], number {n + 1}" + (f" of {options.repeat}" if not options.minutes else "")
-        )
-        run = RunFolder(folder / f"seed-{one.seed}")
-        status = search(one, run) or (_train(options, one, run, overwrite=overwrite) if options.pick else 0)
-        if status:
-            return status
-        found.append(_found(one, run, options))
-        _write(folder / "searches.csv", found)
+        one = replace(config, seed=config.seed + n)
+        if one.seed not in done:
+            out.print(
+                f"[bold]seed {one.seed}[/], number {n + 1}" + ("" if options.minutes else f" of {options.repeat}")
+            )
+            run, start = RunFolder(folder.path / f"seed-{one.seed}"), time.perf_counter()
+            status = search(one, run, again)
+            seconds = time.perf_counter() - start
+            if not status and options.pick:
+                status = _train(options, one, run, again, resume=resume)
+            if status:
+                return status
+            done[one.seed] = _found(one, run, options, seconds)
+        found.append(done[one.seed])
+        folder.write(found)
     out.print(_table(found))
-    seconds = sum(one.search_seconds for one in found), sum(one.train_seconds for one in found)
-    out.print(f"{seconds[0] / 60:.1f} min of searches, {seconds[1] / 60:.1f} min of short trainings")
+    minutes = (sum(one.search_seconds for one in found) / 60, sum(one.train_seconds for one in found) / 60)
+    out.print(f"{minutes[0]:.1f} min of searches, {minutes[1]:.1f} min of short trainings, {sum(minutes):.1f} in all")
+    written = "searches.csv, seed-*"
     if options.pick:
         best = max(found, key=lambda one: one.accuracy or 0.0)
-        genotype = load_genotype(folder / f"seed-{best.seed}" / "genotype.json")
-        genotype.save(folder / "genotype.json")
-        genotype.save(folder / "genotype.txt")
-        out.print(f"picked seed {best.seed}; in {folder}: genotype.json, genotype.txt, searches.csv. To train it:")
-        out.print(f"  fastnas train --genotype {shlex.quote(str(folder))} --data {config.data}", markup=False)
-    else:
-        out.print(f"in {folder}: searches.csv, seed-*")
+        for name in ("genotype.json", "genotype.txt"):
+            parse_genotype(best.genotype).save(folder.path / name)
+        out.print(f"picked seed {best.seed}; to train it:")
+        command = ["fastnas", "train", "--genotype", str(folder.path), "--data", config.data]
+        command += ["--root", config.root] if config.root else []
+        out.print(f"  {shlex.join(command)}", markup=False)
+        written = f"genotype.json, genotype.txt, {written}"
+    out.print(f"in {folder.path}: {written}", markup=False)
     return 0
 
 
-def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, *, overwrite: bool) -> int:
-    """Returns the exit status after the short training of what a search found."""
-    genotype = load_genotype(run.path / "genotype.json")
+def _short(options: RepeatOptions, config: SearchConfig, genotype: str) -> TrainConfig:
+    """Returns the options of the short training of what a search found."""
+    own = options.pick_recipe is not None
     short = TrainConfig(
-        genotype=genotype.to_text(),
+        genotype=genotype,
         recipe=options.pick_recipe or RECIPE,
+        auxiliary=RECIPE if own else 0.0,
         data=config.data,
         root=config.root,
         validate=1 - config.train_portion,
@@ -141,37 +214,33 @@ def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, *, over
         threads=config.threads,
         amp=config.amp,
     )
-    if options.pick_recipe is None:
-        short = dataclasses.replace(short, epochs=max(1, short.epochs // _SHORT))
+    return short if own else replace(short, epochs=max(1, short.epochs // _SHORT))
+
+
+def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, again: str, *, resume: bool) -> int:
+    """Returns the exit status after the short training, or what is left of it."""
+    short = _short(options, config, load_genotype(run.path / "genotype.json").to_text())
     folder = TrainFolder(run.path / "short")
     training = Training(short)
-    if not overwrite and (folder.path / "checkpoint.pt").exists():
+    if resume and (folder.path / "checkpoint.pt").exists():
         folder.resume(training)
     else:
         folder.start(short, overwrite=True)
     with folder:
-        return train.train(training, folder)
+        return train.train(training, folder, again)
 
 
-def _found(config: SearchConfig, run: RunFolder, options: RepeatOptions) -> Found:
+def _found(config: SearchConfig, run: RunFolder, options: RepeatOptions, seconds: float) -> Found:
     epochs = read_metrics(run.path)
     trained = read_metrics(run.path / "short") if options.pick else []
     return Found(
         seed=config.seed,
         supernet=float(epochs[-1]["valid_accuracy"]) if epochs else None,
         accuracy=float(trained[-1]["top1"]) if trained else None,
-        search_seconds=sum(float(row["seconds"]) for row in epochs),
+        search_seconds=sum(float(row["seconds"]) for row in epochs) or seconds,
         train_seconds=sum(float(row["seconds"]) for row in trained),
         genotype=load_genotype(run.path / "genotype.json").to_text(),
     )
-
-
-def _write(path: Path, found: list[Found]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in dataclasses.fields(Found)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(one) for one in found)
-    write_text(path, text.getvalue())
 
 
 def _table(found: list[Found]) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -24,7 +23,7 @@ from fastnas.commands._common import (
     show_value,
     stop_on_signal,
 )
-from fastnas.commands._repeat import RepeatOptions, repeat
+from fastnas.commands._repeat import RepeatFolder, RepeatOptions, repeat
 from fastnas.data import DATASETS
 from fastnas.relaxations import RELAXATIONS
 from fastnas.runs.machine import AMP
@@ -98,59 +97,75 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
 
 def run(options: Namespace, again: Again) -> int:
     """Returns the exit status after the search, or the searches."""
-    config = _config(options)
-    repeated = RepeatOptions(**{field.name: options[field.name] for field in dataclasses.fields(RepeatOptions)})
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
+    if options.resume and options.out and RepeatFolder(options.out).exists():
+        return _resume_several(RepeatFolder(options.out), again)
+    repeated = _repeated(options)
     if repeated.repeat:
-        return _run_several(repeated, config, options, again)
-    path = options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}"
-    folder = RunFolder(path)
+        return _start_several(repeated, options, again)
+    config = _config(options)
+    folder = RunFolder(options.out or f"runs/{config.space}-{config.method}-{config.data}-seed{config.seed}")
     if options.resume:
-        config = _resumed(folder, again, {})
+        config = _resumed(folder, again)
     else:
         folder.check_free(overwrite=options.overwrite)
     return _run_one(config, folder, resume=options.resume, overwrite=options.overwrite)
 
 
-def _run_several(repeated: RepeatOptions, config: SearchConfig, options: Namespace, again: Again) -> int:
-    out = console()
-    folder = Path(options.out or f"runs/{config.space}-{config.method}-{config.data}-seeds")
-
-    def one(config: SearchConfig, run: RunFolder) -> int:
-        resume = False
-        if options.resume and (run.path / "config.yaml").exists():
-            config = _resumed(run, again, {"seed": config.seed})
-            resume = (run.path / "checkpoint.pt").exists()
-        return _run_one(config, run, resume=resume, overwrite=options.overwrite or options.resume)
-
-    return repeat(repeated, config, folder, one, overwrite=options.overwrite, out=out)
+def _repeated(options: Namespace) -> RepeatOptions:
+    return RepeatOptions(**{field.name: options[field.name] for field in dataclasses.fields(RepeatOptions)})
 
 
-def _resumed(folder: RunFolder, again: Again, changes: dict[str, Any]) -> SearchConfig:
+def _start_several(repeated: RepeatOptions, options: Namespace, again: Again) -> int:
+    config = _config(options)
+    folder = RepeatFolder(options.out or f"runs/{config.space}-{config.method}-{config.data}-seeds")
+    if options.resume:
+        return _resume_several(folder, again)
+    folder.start(repeated, config, overwrite=options.overwrite)
+
+    def one(config: SearchConfig, run: RunFolder, command: str) -> int:
+        return _run_one(config, run, resume=False, overwrite=True, again=command)
+
+    return repeat(repeated, config, folder, one, resume=False, out=console())
+
+
+def _resume_several(folder: RepeatFolder, again: Again) -> int:
+    stored = folder.options()
+    options = again(stored)
+    repeated, config = _repeated(options), _config(options)
+    given = {**dataclasses.asdict(repeated), **config.to_dict()}
+    check_resumed(folder.path, stored, given, Search.FREE_ON_RESUME | {"repeat", "minutes"})
+
+    def one(config: SearchConfig, run: RunFolder, command: str) -> int:
+        return _run_one(config, run, resume=(run.path / "checkpoint.pt").exists(), overwrite=True, again=command)
+
+    return repeat(repeated, config, folder, one, resume=True, out=console())
+
+
+def _resumed(folder: RunFolder, again: Again) -> SearchConfig:
     """Returns the options to go on with, which are those that the run in the folder was started with."""
     stored = folder.config().to_dict()
     config = _config(again(stored))
-    config = dataclasses.replace(config, **changes)
     check_resumed(folder.path, stored, config.to_dict(), Search.FREE_ON_RESUME)
     return config
 
 
-def _run_one(config: SearchConfig, folder: RunFolder, *, resume: bool, overwrite: bool) -> int:
+def _run_one(config: SearchConfig, folder: RunFolder, *, resume: bool, overwrite: bool, again: str = "") -> int:
     search = Search(config)
     if resume:
         folder.resume(search)
     else:
         folder.start(config, overwrite=overwrite)
     with folder:
-        return _run(search, folder)
+        return _run(search, folder, again or f"fastnas search --resume --out {shlex.quote(str(folder.path))}")
 
 
 def _config(options: Namespace) -> SearchConfig:
     return SearchConfig.from_dict({name: options[name] for name in option_names("search")})
 
 
-def _run(search: Search, folder: RunFolder) -> int:
+def _run(search: Search, folder: RunFolder, again: str) -> int:
     config = search.config
     out = console()
     parameters = sum(p.numel() for p in search.supernet.parameters())
@@ -181,10 +196,7 @@ def _run(search: Search, folder: RunFolder) -> int:
             folder.save(search)
         pictures = folder.finish(search) if result.history or result.finished else ()
     if not result.finished:
-        out.print(
-            f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n"
-            f"  fastnas search --resume --out {shlex.quote(str(folder.path))}"
-        )
+        out.print(f"stopped after epoch {search.epoch}, step {search.step}; to go on:\n  {again}", markup=False)
         return 128 + signals[0]
     if result.history:
         out.print(f"validation accuracy of the supernet {result.history[-1].valid_accuracy:.1%}")

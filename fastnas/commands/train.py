@@ -101,7 +101,7 @@ def run(options: Namespace, again: Again) -> int:
     else:
         folder.start(config, overwrite=options.overwrite)
     with folder:
-        return train(training, folder)
+        return train(training, folder, f"fastnas train --resume --out {shlex.quote(str(folder.path))}")
 
 
 def _name(genotype: str) -> str:
@@ -119,8 +119,14 @@ def _config(options: Namespace) -> TrainConfig:
     return TrainConfig.from_dict({name: options[name] for name in option_names("train")})
 
 
-def train(training: Training, folder: TrainFolder) -> int:
-    """Returns the exit status after the training, or what is left of it, was run and shown."""
+def train(training: Training, folder: TrainFolder, again: str) -> int:
+    """Returns the exit status after the training, or what is left of it, was run and shown.
+
+    Args:
+        training: What is run.
+        folder: Where it leaves its files.
+        again: The command that goes on after a stop.
+    """
     config, source = training.config, training.source
     out = console()
     out.print(f"[bold]{RECIPES.find(config.recipe).summary}[/]: recipe {config.recipe}, data {config.data}")
@@ -150,10 +156,7 @@ def train(training: Training, folder: TrainFolder) -> int:
     if source.unreadable:
         out.print(f"[yellow]{len(source.unreadable):,} images could not be read and were left out[/]")
     if not finished:
-        out.print(
-            f"stopped after epoch {training.epoch}, step {training.step}; to go on:\n"
-            f"  fastnas train --resume --out {shlex.quote(str(folder.path))}"
-        )
+        out.print(f"stopped after epoch {training.epoch}, step {training.step}; to go on:\n  {again}", markup=False)
         return 128 + signals[0]
     out.print(f"in {folder.path}: model.pt, checkpoint.pt, best.pt, metrics.csv, config.yaml")
     last, seconds = training.history[-1], sum(r.seconds for r in training.history)

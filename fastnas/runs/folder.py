@@ -66,7 +66,7 @@ class Folder:
             raise NotADirectoryError(f"{self.path} is a file; choose a folder for the run")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not self._is_run():
+        if not self.exists():
             raise FileExistsError(
                 f"{self.path} is not empty and holds no run of fastnas {self.COMMAND}; choose another folder (--out)"
             )
@@ -91,7 +91,7 @@ class Folder:
             FileNotFoundError: where the folder holds no run.
             ValueError: where its ``config.yaml`` is damaged.
         """
-        if not self._is_run():
+        if not self.exists():
             raise FileNotFoundError(f"{self.path} holds no run of fastnas {self.COMMAND} to resume")
         path = self.path / "config.yaml"
         try:
@@ -102,7 +102,8 @@ class Folder:
             raise ValueError(f"{path} cannot be read: it holds no options")
         return options
 
-    def _is_run(self) -> bool:
+    def exists(self) -> bool:
+        """Tells whether the folder holds a run of this kind."""
         try:
             with (self.path / "config.yaml").open(encoding="utf-8") as file:
                 return file.readline().startswith(self._header())
