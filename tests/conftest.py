@@ -1,8 +1,14 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# oneDNN 3.12, of torch 2.13, writes past the end in the backward of 1x1 convolutions of stride 2 over few channels in
+# channels_last, on processors whose best instruction set is AVX2. The reference has such convolutions.
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 
