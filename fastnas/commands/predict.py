@@ -23,8 +23,8 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
     predict = Parser(
         prog="fastnas predict",
         usage="fastnas predict --checkpoint MODEL IMAGE [IMAGE ...] [options]",
-        description="Prints the most probable classes of images. Each is resized so that its shorter side is the "
-        "model's image size, and cropped to the middle. An image that cannot be read does not stop the others; the "
+        description="Prints the most probable classes of images. Of each the model sees what its training's test "
+        "did: the square in the centre, resized. An image that cannot be read does not stop the others; the "
         "exit status is then 2.",
     )
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="Files of images, or folders of such files.")
@@ -50,7 +50,7 @@ def run(options: Namespace, again: Again) -> int:
         batch: list[tuple[Path, Tensor]] = []
         for path in files[start : start + BATCH]:
             try:
-                batch.append((path, read_image(path, len(model.mean), model.image_size)))
+                batch.append((path, read_image(path, len(model.mean), model.image_size, model.crop)))
             except (ValueError, OSError) as error:  # noqa: PERF203
                 failed = True
                 message = error if isinstance(error, ValueError) else f"{path}: {error.strerror}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,7 +24,10 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 _LAYOUT = "ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
-_TEST_CROP = 224 / 256  # of the shorter side, the square that is tested on
+TEST_CROP = 224 / 256
+"""The square that is tested on, as a part of the shorter side."""
+
+_ORIENTATION = 0x0112  # of Exif; 1 is upright
 
 
 class Loaded(NamedTuple):
@@ -74,7 +77,8 @@ class ImageFolder(Dataset[_Read]):
     """The images in ``ROOT/train/CLASS`` and ``ROOT/val/CLASS``, in the order of their names.
 
     Training images are cropped at random: 8 % to 100 % of the area, an aspect ratio of 3/4 to 4/3, resized to a square.
-    Of test images it is the centre, 224/256 of the shorter side. An image is in no other way changed.
+    Of test images it is the centre, 224/256 of the shorter side. An image is in no other way changed, but shown as its
+    Exif orientation says.
 
     Args:
         root: the folder with train and val.
@@ -115,9 +119,10 @@ class ImageFolder(Dataset[_Read]):
         part = self._parts[item.part]
         path, label = part.path(item.image), int(part.labels[item.image])
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                box = random_box(width, height, random.Random(item.seed)) if item.seed else centre_box(width, height)
+            with Image.open(path) as file:
+                image = upright(file)
+                size = image.size
+                box = random_box(*size, random.Random(item.seed)) if item.seed else centre_box(*size, TEST_CROP)
                 return crop(image, box, self.size), label, (str(path), "")
         except Exception as error:  # damaged bytes make the reader raise nearly anything
             return None, label, (str(path), " ".join(str(error).split()) or type(error).__name__)
@@ -216,9 +221,9 @@ def random_box(width: int, height: int, chance: random.Random) -> Box:
     return _centred(width, height, min(width, height * 4 / 3), min(height, width * 4 / 3))
 
 
-def centre_box(width: int, height: int) -> Box:
-    """Returns the square in the centre, 224/256 of the shorter side."""
-    side = min(width, height) * _TEST_CROP
+def centre_box(width: int, height: int, part: float) -> Box:
+    """Returns the square in the centre, this part of the shorter side."""
+    side = min(width, height) * part
     return _centred(width, height, side, side)
 
 
@@ -226,20 +231,39 @@ def _centred(width: int, height: int, w: float, h: float) -> Box:
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def crop(image: Image.Image, box: Box, size: int) -> Tensor:
-    """Returns a box of an image, resized to a square of RGB, uint8 (3, size, size).
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an image as its Exif orientation says, of 8 bits a channel; most are returned as they are, unread."""
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged Exif; the pixels may be whole
+        turned = False
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # of which a conversion would keep what is above 255 as white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def crop(image: Image.Image, box: Box, size: int, mode: str = "RGB") -> Tensor:
+    """Returns a box of an image, resized to a square, uint8 (channels, size, size).
 
     A JPEG that is larger than needed is decoded at a half, a quarter or an eighth of its size.
+
+    Args:
+        image: of 8 bits a channel.
+        box: what is kept of it.
+        size: side of the square.
+        mode: ``RGB``, or ``L`` for grey.
     """
     width, height = image.size
     shrink = min(box[2] - box[0], box[3] - box[1]) / size
     if shrink >= 2:
-        image.draft("RGB", (int(width / shrink), int(height / shrink)))
+        image.draft(mode, (int(width / shrink), int(height / shrink)))
         w, h = image.size
         x, y = w / width, h / height
         box = (box[0] * x, box[1] * y, min(box[2] * x, w), min(box[3] * y, h))  # rounding must not lead outside
-    square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    square = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    return torch.from_numpy(np.array(square)).view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -259,7 +283,7 @@ def _part(folder: Path, classes: Sequence[str]) -> _Part:
             os.path.relpath(os.path.join(where, file), folder)
             for where, _, files in os.walk(folder / name)
             for file in files
-            if file.lower().endswith(SUFFIXES)
+            if file.lower().endswith(SUFFIXES) and not file.startswith(".")  # macOS leaves ._NAME.jpg beside a file
         ]
         if not found:
             raise ValueError(f"{folder / name} holds no image ({', '.join(SUFFIXES)}); fill or remove the folder")

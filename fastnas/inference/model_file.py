@@ -43,6 +43,7 @@ class TrainedModel:
         mean: per channel, of images scaled to [0, 1]; images are normalised with it.
         std: likewise.
         image_size: height and width of the images that it was trained with.
+        crop: the square in the centre of an image that is resized to that, as a part of the shorter side.
         metrics: what the training measured, by name.
     """
 
@@ -52,6 +53,7 @@ class TrainedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+    crop: float
     metrics: dict[str, Any]
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -132,6 +134,7 @@ def save_model(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int,
+    crop: float = 1.0,
     metrics: Mapping[str, Any],
 ) -> None:
     """Writes a trained network to a model file, whole or not at all. Weights are float32; no auxiliary head is kept.
@@ -145,6 +148,7 @@ def save_model(
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         image_size: height and width of the images that it was trained with.
+        crop: the square in the centre of an image that was tested on, as a part of the shorter side.
         metrics: what the training measured: names and plain values.
 
     Raises:
@@ -158,6 +162,7 @@ def save_model(
         "mean": [float(v) for v in mean],
         "std": [float(v) for v in std],
         "image_size": image_size,
+        "crop": crop,
         "metrics": dict(metrics),
     }
     try:
@@ -241,6 +246,9 @@ def _read(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> TrainedMode
         raise ValueError(f"std must be positive, got {std}")
     if type(header["image_size"]) is not int or header["image_size"] < 1:
         raise ValueError(f"image_size must be a positive whole number, got {header['image_size']!r}")
+    crop = header.get("crop", 1.0)  # the first files lack it
+    if type(crop) not in (int, float) or not 0 < crop <= 1:
+        raise ValueError(f"crop must be above 0 and at most 1, got {crop!r}")
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -257,5 +265,6 @@ def _read(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> TrainedMode
         mean=tuple(mean),
         std=tuple(std),
         image_size=header["image_size"],
+        crop=crop,
         metrics=dict(header["metrics"]),
     )

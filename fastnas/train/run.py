@@ -105,6 +105,7 @@ class TrainFolder(Folder):
             mean=source.mean,
             std=source.std,
             image_size=source.shape[1],
+            crop=source.crop,
             metrics={**metrics, "seconds": sum(r.seconds for r in training.history)},
         )
         return path

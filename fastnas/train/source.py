@@ -28,6 +28,7 @@ class Source(Protocol):
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         shape: (C, H, W) of an image.
+        crop: the square that test images were cut to, as a part of the shorter side; 1 where they are taken whole.
         counts: numbers of training and of test images.
         unreadable: paths of images that were left out so far.
     """
@@ -36,6 +37,7 @@ class Source(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shape: tuple[int, int, int]
+    crop: float
     counts: tuple[int, int]
     unreadable: set[str]
 
@@ -68,6 +70,7 @@ class MemorySource:
         self.std: tuple[float, ...] = data.std
         channels, height, width = data.images.shape[1:]
         self.shape: tuple[int, int, int] = (channels, height, width)
+        self.crop: float = 1.0
         self.counts: tuple[int, int] = (len(data.images), len(data.test_images))
         self.unreadable: set[str] = set()
         self._data = data.to(device)
@@ -110,7 +113,7 @@ class FolderSource:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        from fastnas.data.image_folder import MEAN, STD, FolderBatches, ImageFolder
+        from fastnas.data.image_folder import MEAN, STD, TEST_CROP, FolderBatches, ImageFolder
 
         if config.root is None:
             raise ValueError("root is missing: imagefolder needs root=, the folder with train and val")
@@ -119,6 +122,7 @@ class FolderSource:
         self.mean: tuple[float, ...] = MEAN
         self.std: tuple[float, ...] = STD
         self.shape: tuple[int, int, int] = (3, config.image_size, config.image_size)
+        self.crop: float = TEST_CROP
         self.counts: tuple[int, int] = (folder.count("train"), folder.count("val"))
         self.unreadable: set[str] = set()
         self._batches = FolderBatches(

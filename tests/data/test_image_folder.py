@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from fastnas.data.image_folder import FolderBatches, ImageFolder, centre_box, crop, random_box
-from fastnas.train import TrainConfig, Training
+from fastnas.inference import load_model, read_image
+from fastnas.train import TrainConfig, TrainFolder, Training
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning",  # of Python 3.12, at each fork
@@ -96,7 +97,7 @@ def test_random_boxes():
     assert min(areas) >= 0.079
     assert max(areas) > 0.85
     assert random_box(1000, 10, chance) == pytest.approx((500 - 20 / 3, 0, 500 + 20 / 3, 10))
-    assert centre_box(512, 256) == (144, 16, 368, 240)
+    assert centre_box(512, 256, 7 / 8) == (144, 16, 368, 240)
 
 
 def test_large_jpegs_are_decoded_smaller():
@@ -109,6 +110,28 @@ def test_large_jpegs_are_decoded_smaller():
     expected = Image.fromarray(ramp).convert("RGB").resize((50, 50), Image.Resampling.BILINEAR, box=(100, 37, 899, 640))
     difference = shrunk.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
     assert difference.abs().max() <= 3
+
+
+def test_a_model_predicts_from_what_it_was_tested_on(root, tmp_path):
+    colours = np.random.default_rng(1).integers(0, 99, (90, 70, 3), dtype=np.uint8)
+    colours[:45] += 99
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(colours).save(root / "val" / "cat" / "turned.jpg", exif=turned)
+    Image.fromarray(colours).save(root / "val" / "cat" / "damaged.jpg", dpi=(72, 72), exif=b"Exif\0\0no Exif at all")
+    Image.fromarray(colours[..., 0].astype(np.uint16) << 8).save(root / "val" / "cat" / "deep.png")
+    (root / "val" / "cat" / "._turned.jpg").write_bytes(b"what macOS leaves beside a file")
+    training = Training(config(root, epochs=1))
+    training.run()
+    model = load_model(TrainFolder(tmp_path).finish(training))
+    images = [image for batch in FolderBatches(ImageFolder(root, 32), 3, seed=0).test() for image in batch.images]
+    paths = sorted((root / "val" / "cat").glob("[!.]*")) + sorted((root / "val" / "dog").glob("*"))
+    assert len(paths) == len(images) == 7
+    read = [read_image(path, 3, model.image_size, model.crop) for path in paths]
+    assert all(torch.equal(a, b) for a, b in zip(read, images, strict=True))
+    deep, upright = (images[paths.index(root / "val" / "cat" / name)].float() for name in ("deep.png", "turned.jpg"))
+    assert upright[..., 18:].mean() > upright[..., :14].mean() + 80  # what is above in the file is on the right
+    assert deep.mean() < 150
 
 
 def test_training_resumes_with_other_workers(root):

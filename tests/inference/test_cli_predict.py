@@ -26,7 +26,8 @@ def run_folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for name, mode, shape in (("b.png", "RGB", (20, 40, 3)), ("a.jpg", "L", (16, 16)), ("c.png", "RGBA", (9, 5, 4))):
         Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).convert(mode).save(tmp_path / "images" / name)
-    (tmp_path / "images" / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "._b.png"):
+        (tmp_path / "images" / name).write_text("no image")
     return tmp_path
 
 
