@@ -17,18 +17,12 @@ from torch import Tensor, nn
 
 from fastnas import __version__
 from fastnas._files import write_atomic
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, OneShotGenotype, parse_genotype
-from fastnas.nn import NASBench101Network, NASBench201Network, Network
+from fastnas.genotype import AnyGenotype, parse_genotype
+from fastnas.inference.networks import build_network
 
 FORMAT = "fastnas model"
 VERSION = 1
 
-_SPACES: dict[str, tuple[type[Any], type[nn.Module]]] = {
-    "darts": (Genotype, Network),
-    "nb201": (NASBench201Genotype, NASBench201Network),
-    "nb101": (OneShotGenotype, NASBench101Network),
-}
-_SIZES = ("channels", "layers", "num_classes", "in_channels")
 _AUXILIARY = "auxiliary_head."
 
 
@@ -87,43 +81,6 @@ class TrainedModel:
             return self.network(self.normalise(images)).softmax(1)  # type: ignore[no-any-return]
 
 
-def build_network(
-    genotype: AnyGenotype, network: Mapping[str, Any], *, auxiliary: bool = False, drop_path: float = 0.0
-) -> nn.Module:
-    """Returns the network that a genotype stands for, with fresh weights.
-
-    Args:
-        genotype: the architecture.
-        network: its other arguments: ``space`` (``darts``, ``nb201`` or ``nb101``), ``channels``, ``layers``,
-            ``num_classes``, ``in_channels`` and, for ``darts``, ``stem`` (``cifar`` where it is missing).
-        auxiliary: of :class:`fastnas.nn.Network`; of training alone.
-        drop_path: likewise.
-
-    Raises:
-        ValueError: where an argument is missing, unknown or does not fit, or the genotype is of another space.
-    """
-    space = network.get("space")
-    if space not in _SPACES:
-        raise ValueError(f"network: space={space!r}: expected one of {', '.join(_SPACES)}")
-    kind, build = _SPACES[space]
-    darts = space == "darts"
-    unknown = set(network) - {"space", "stem", *_SIZES}
-    missing = [name for name in _SIZES if type(network.get(name)) is not int]
-    if unknown or missing:
-        raise ValueError(
-            f"network: expected space, stem and the whole numbers {', '.join(_SIZES)}; "
-            + (f"{', '.join(missing)} not given" if missing else f"{', '.join(sorted(unknown))} unknown")
-        )
-    if not isinstance(genotype, kind):
-        raise ValueError(f"genotype is none of the space {space!r}: got {genotype!r}")
-    if not darts and (network.get("stem", "cifar") != "cifar" or auxiliary or drop_path):
-        raise ValueError(f"stem, auxiliary and drop_path are choices of the space 'darts', not of {space!r}")
-    sizes = [network[name] for name in _SIZES]
-    if not darts:
-        return build(genotype, *sizes)
-    return build(genotype, *sizes, stem=network.get("stem", "cifar"), auxiliary=auxiliary, drop_path=drop_path)
-
-
 def save_model(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -141,7 +98,7 @@ def save_model(
 
     Args:
         path: of the file.
-        model: what :func:`build_network` made of the next two arguments, trained.
+        model: what :func:`~fastnas.inference.build_network` made of the next two arguments, trained.
         genotype: its architecture.
         network: its other arguments.
         classes: names of the classes, in the order of the logits.

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from fastnas._device import as_device
 from fastnas.data import Augment, ImageData, augment, normalize
-from fastnas.genotype import Genotype, NASBench201Genotype
-from fastnas.inference.model_file import build_network
+from fastnas.genotype import Genotype
+from fastnas.inference.networks import build_network, space_of
 from fastnas.nn.counting import Complexity, count
 from fastnas.nn.preserved import preserved
 from fastnas.runs.checkpoint import Checkpoints
@@ -70,7 +70,7 @@ class Training:
         steps_per_epoch: Steps in an epoch.
         genotype: The architecture.
         network: What is trained.
-        network_options: The arguments that :func:`fastnas.inference.model_file.build_network` made it of.
+        network_options: The arguments that :func:`fastnas.inference.build_network` made it of.
         source: Its images.
         size: Parameters, without the auxiliary head's, and multiply-adds for one image.
         history: One record for each finished epoch.
@@ -96,7 +96,7 @@ class Training:
         self.steps_per_epoch = len(self._batches(0))
 
         self.network_options: dict[str, Any] = {
-            "space": _space(self.genotype),
+            "space": self._space(),
             "channels": config.channels,
             "layers": config.layers,
             "num_classes": len(source.classes),
@@ -125,6 +125,11 @@ class Training:
         self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
         self._stop = False
+
+    def _space(self) -> str:
+        space = space_of(self.genotype)
+        # the same blocks, after a stem and stages for large images or for small ones
+        return "proxyless-cifar" if space == "proxyless" and self.config.data != "imagefolder" else space
 
     def _check_images(self) -> None:
         """Checks the options that not all images have room for."""
@@ -369,9 +374,3 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     if epoch < config.lr_warmup:
         lr *= (epoch + 1) / config.lr_warmup
     return lr
-
-
-def _space(genotype: object) -> str:
-    if isinstance(genotype, Genotype):
-        return "darts"
-    return "nb201" if isinstance(genotype, NASBench201Genotype) else "nb101"
