@@ -129,17 +129,17 @@ class ImageFolder(Dataset[_Read]):
 
 
 class _Asked:
-    """The batches that the loader is to read next."""
+    """The batches that the loader is to read next, once."""
 
     def __init__(self) -> None:
-        self.batches: list[list[_Item]] = []
+        self.batches: Iterator[list[_Item]] = iter(())
 
     def __iter__(self) -> Iterator[list[_Item]]:
-        return iter(self.batches)
+        return self.batches
 
 
 class FolderBatches:
-    """Batches of an :class:`ImageFolder`, read by worker processes that live as long as this.
+    """Batches of an :class:`ImageFolder`, read by worker processes that live until :meth:`close`.
 
     Args:
         images: the folder.
@@ -155,16 +155,10 @@ class FolderBatches:
         self._images = images
         self._batch_size = batch_size
         self._seed = seed
+        self._workers = workers
+        self._pin_memory = pin_memory
         self._asked = _Asked()
-        self._loader: DataLoader[Any] = DataLoader(
-            images,
-            batch_sampler=self._asked,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
-        )
+        self._loader: DataLoader[Any] | None = None
 
     def train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Loaded]:
         """Yields training images, cropped as the epoch has it.
@@ -173,24 +167,37 @@ class FolderBatches:
             batches: indices of each batch, int64 (B,).
             epoch: counted from 0.
         """
-        return self._read(
-            [[_Item("train", i, f"{self._seed} {epoch} {i}") for i in batch.tolist()] for batch in batches]
-        )
+        return self._read([_Item("train", i, f"{self._seed} {epoch} {i}") for i in batch.tolist()] for batch in batches)
 
     def test(self) -> Iterator[Loaded]:
         """Yields all test images in their order."""
         n, size = self._images.count("val"), self._batch_size
-        return self._read([[_Item("val", i, "") for i in range(j, min(j + size, n))] for j in range(0, n, size)])
+        return self._read([_Item("val", i, "") for i in range(j, min(j + size, n))] for j in range(0, n, size))
 
-    def _read(self, asked: list[list[_Item]]) -> Iterator[Loaded]:
+    def close(self) -> None:
+        """Ends the workers; the next batches start new ones."""
+        self._loader = None
+
+    def _read(self, asked: Iterator[list[_Item]]) -> Iterator[Loaded]:
         self._asked.batches = asked
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._images,
+                batch_sampler=self._asked,
+                num_workers=self._workers,
+                collate_fn=_collate,
+                pin_memory=self._pin_memory,
+                persistent_workers=self._workers > 0,
+                worker_init_fn=_defer_signals,
+            )
         return iter(self._loader)
 
 
-def _ignore_signals(worker: int) -> None:
+def _defer_signals(worker: int) -> None:
     # Ctrl-C, and what job managers send, reach all processes: they are for the main one, which then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The main process itself may send the second one, to a worker that does not come to its end.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate(items: Sequence[_Read]) -> Loaded:

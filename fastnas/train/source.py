@@ -47,6 +47,9 @@ class Source(Protocol):
     def test(self) -> Iterator[Batch]:
         """Yields all test images."""
 
+    def close(self) -> None:
+        """Ends the processes that read them; the next ones start others."""
+
 
 class MemorySource:
     """Images held in memory, on the device.
@@ -89,6 +92,9 @@ class MemorySource:
         assert self._data.test_labels is not None
         parts = (self._data.test_images, self._data.test_labels)
         return zip(*(torch.split(part, self._batch_size) for part in parts), strict=True)
+
+    def close(self) -> None:
+        """Does nothing: there are no processes."""
 
 
 def _held_out(data: ImageData, portion: float) -> ImageData:
@@ -142,6 +148,10 @@ class FolderSource:
     def test(self) -> Iterator[Batch]:
         """Yields all test images but those that cannot be read."""
         return self._usable(self._batches.test)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches.close()
 
     def _usable(self, read: Callable[[], Iterator[tuple[Tensor, Tensor, list[tuple[str, str]]]]]) -> Iterator[Batch]:
         for images, labels, unreadable in read():

@@ -1,13 +1,16 @@
 import dataclasses
 import io
+import multiprocessing
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastnas.data.image_folder import FolderBatches, ImageFolder, centre_box, crop, random_box
+from fastnas.data.image_folder import FolderBatches, ImageFolder, _defer_signals, centre_box, crop, random_box
 from fastnas.inference import load_model, read_image
 from fastnas.train import TrainConfig, TrainFolder, Training
 
@@ -85,6 +88,36 @@ def test_crops_depend_on_seed_epoch_and_image_alone(root):
     assert torch.equal(alone[2].images, other[2].images)
 
 
+def test_batches_are_asked_for_one_by_one(root):
+    """An epoch's list of images would take seconds for a large data set."""
+    asked = []
+    batches = (asked.append(i) or torch.tensor([i]) for i in range(8))
+    next(FolderBatches(ImageFolder(root, 32), 1, seed=7).train(batches, 0))
+    assert asked == [0]
+
+
+def _wait(ready):
+    _defer_signals(0)
+    ready.set()
+    while True:
+        time.sleep(1)
+
+
+def test_workers_outlive_one_signal():
+    """The one that a job manager sends to all processes; not those of the main process after it."""
+    processes = multiprocessing.get_context("fork")
+    ready = processes.Event()
+    worker = processes.Process(target=_wait, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGTERM
+
+
 def test_random_boxes():
     chance = random.Random(0)
     areas = []
@@ -143,6 +176,7 @@ def test_training_resumes_with_other_workers(root):
     second = Training(config(root, workers=2))
     second.load_state_dict(first.state_dict())
     second.run()
+    assert not multiprocessing.active_children()
     ours, expected = second.network.state_dict(), whole.network.state_dict()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -153,7 +187,9 @@ def test_unreadable_images(root):
     (root / "val" / "cat" / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"train/dog/2\.JPEG cannot be read as an image \(.*skip such"):
         Training(config(root)).run()
+    stopped = Training(config(root, batch_size=2))
     training = Training(config(root, skip_corrupt=True, batch_size=2))
+    training.load_state_dict(stopped.state_dict())  # as the message says
     training.run()
     assert {path.rpartition("/")[2] for path in training.source.unreadable} == {"2.JPEG", "1.png"}
     assert training.history[-1].top1 in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
