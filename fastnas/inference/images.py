@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fastnas._files import first_line
+
 
 def read_image(path: str | os.PathLike[str], channels: int, size: int, crop: float = 1.0) -> Tensor:
     """Returns the image in a file, uint8 (channels, size, size): the square in its centre, resized.
@@ -36,7 +38,7 @@ def read_image(path: str | os.PathLike[str], channels: int, size: int, crop: flo
                 box = image_folder.centre_box(*image.size, crop)
                 return image_folder.crop(image, box, size, "RGB" if channels == 3 else "L")
         except Exception as error:  # damaged bytes make decoders raise nearly anything
-            raise ValueError(f"{path} holds no image that can be read ({_line(error)})") from error
+            raise ValueError(f"{path} holds no image that can be read ({first_line(error)})") from error
 
 
 def image_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -60,7 +62,3 @@ def image_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
             raise ValueError(f"there is no image in the folder {path}")
         files += found
     return files
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

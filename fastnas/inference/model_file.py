@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import __version__
-from fastnas._files import write_atomic
+from fastnas._files import load_tensors, write_atomic
 from fastnas.genotype import AnyGenotype, parse_genotype
 from fastnas.inference.networks import build_network
 
@@ -154,15 +152,10 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         ValueError: where it is damaged, foreign, newer than this fastnas, or does not fit together.
     """
     path = model_path(path)
-    file = io.BytesIO(path.read_bytes())
     try:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("no zip archive")
-        file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the reader raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{path} is damaged or is no model of fastnas ({reason}); {_REMEDY}") from error
+        content = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or is no model of fastnas ({error}); {_REMEDY}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         what = f"a {found}" if isinstance(found, str) and found.startswith("fastnas ") else "no model of fastnas"
