@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from rich.table import Column, Table
 from torch import Tensor
 
+from fastnas._device import as_device
 from fastnas.commands._common import Again, Parser, UsageError, console
 
 HELP = "what a trained network sees in images"
@@ -32,6 +33,11 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         "--checkpoint", metavar="MODEL", required=True, help="The model.pt of a training, or its run folder."
     )
     predict.add_argument("--top", type=int, default=5, metavar="N", help="How many classes. (default: 5)")
+    predict.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 ..., or auto for the GPU where there is one. (default: auto)",
+    )
     predict.add_argument("--json", action="store_true", help="Print JSON, all on one line.")
     return predict
 
@@ -42,7 +48,7 @@ def run(options: Namespace, again: Again) -> int:
 
     if options.top < 1:
         raise UsageError(f"top={options.top}: expected a whole number above 0 (see fastnas predict --help)")
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, as_device(options.device))
     files = image_files(options.images)
     results: list[tuple[Path, list[tuple[str, float]]]] = []
     failed = False
@@ -78,5 +84,7 @@ def run(options: Namespace, again: Again) -> int:
         for path, named in results:
             table.add_row(str(path), *(f"{name} {p:.1%}" for name, p in named))
         out = console()
-        out.print(table, width=None if out.is_terminal else 10_000)  # lines in a file or a pipe are left whole
+        out.print(
+            table, markup=False, width=None if out.is_terminal else 10_000
+        )  # lines in a file or a pipe are left whole
     return 2 if failed else 0

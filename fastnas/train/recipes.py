@@ -150,7 +150,7 @@ _IMAGENET = _values(
 )
 
 register_recipe(Recipe("cifar", "DARTS on CIFAR (arXiv:1806.09055)", _CIFAR))
-register_recipe(Recipe("cifar-pc", "PC-DARTS and DrNAS on CIFAR (arXiv:1907.05737)", _values(_CIFAR, drop_path=0.3)))
+register_recipe(Recipe("cifar-pc", "PC-DARTS on CIFAR (arXiv:1907.05737)", _values(_CIFAR, drop_path=0.3)))
 register_recipe(Recipe("imagenet", "DARTS on ImageNet, mobile setting (arXiv:1806.09055)", _IMAGENET))
 register_recipe(
     Recipe(
