@@ -84,7 +84,6 @@ def run(options: Namespace, again: Again) -> int:
         for path, named in results:
             table.add_row(str(path), *(f"{name} {p:.1%}" for name, p in named))
         out = console()
-        out.print(
-            table, markup=False, width=None if out.is_terminal else 10_000
-        )  # lines in a file or a pipe are left whole
+        # lines in a file or a pipe are left whole
+        out.print(table, markup=False, width=None if out.is_terminal else 10_000)
     return 2 if failed else 0
