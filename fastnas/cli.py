@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import fastnas
 from fastnas.commands import COMMANDS
-from fastnas.commands._common import HelpFormatter, Parser
+from fastnas.commands._common import HelpFormatter, Parser, option_names
 
 
 def _parser(command: str = "", defaults: dict[str, Any] | None = None) -> ArgumentParser:
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, equals, value in (a.partition("=") for a in arguments)
         if name != "--traceback"
     ]
+    command = ""
     try:
         options = _parser().parse_args(arguments)
         command = options.subcommand
@@ -67,11 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # on the CPU, torch has no exception of its own for it
         if traceback or not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
-        return _fail(f"out of memory; a smaller batch_size or channels, or a larger k, needs less ({_line(error)})")
+        return _fail(f"out of memory{_advice(command)} ({_line(error)})")
     except (ValueError, OSError, ArithmeticError) as error:
         if traceback:
             raise
         return _fail(_line(error))
+
+
+def _advice(command: str) -> str:
+    """Returns which options of a command make it need less memory."""
+    known = option_names(command)
+    less, more = ([n for n in names if n in known] for names in (("batch_size", "channels"), ("k", "accumulate")))
+    ways = [f"a {size} {' or '.join(names)}" for size, names in (("smaller", less), ("larger", more)) if names]
+    return f"; {', or '.join(ways)}{',' * (len(ways) - 1)} needs less" if ways else ""
 
 
 def _line(error: BaseException) -> str:

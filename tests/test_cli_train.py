@@ -12,7 +12,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastnas.cli import main
+from fastnas.cli import _advice, main
 from fastnas.data import load
 from fastnas.inference.model_file import load_model
 from fastnas.train.loop import CHECKPOINTS
@@ -51,15 +51,18 @@ def network(folder):
 
 
 def test_digits(tmp_path, capsys):
-    assert main([*TINY, "--epochs=2", "--out", str(tmp_path / "run")]) == 0
+    out = tmp_path / "run [a]"
+    assert main([*TINY, "--epochs=2", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert f"run folder {out}" in lines
+    assert f"in {out}: model.pt, checkpoint.pt, best.pt, metrics.csv, config.yaml" in lines
     assert "1,437 images train, 360 test; augmentation: pad 1" in lines
     assert re.fullmatch(
         r"test error \d+\.\d\d% \(top-5 \d+\.\d\d%\), 2,642 parameters, 0\.\d M multiply-adds, \d:\d\d:\d\d", lines[-1]
     )
     error = float(lines[-1].split()[2].rstrip("%"))
     assert error < 70  # guessing is wrong in 90 %
-    assert error == pytest.approx(100 - 100 * float(metrics(tmp_path / "run")[-1]["top1"]), abs=0.01)
+    assert error == pytest.approx(100 - 100 * float(metrics(out)[-1]["top1"]), abs=0.01)
 
 
 def test_run_folder(run, npz):
@@ -76,8 +79,7 @@ def test_run_folder(run, npz):
     images, labels = (torch.from_numpy(np.load(npz)[name]) for name in ("x_test", "y_test"))
     right = (model.predict(images[:, None]).argmax(1) == labels).double().mean().item()
     assert right == float(rows[-1]["top1"]) == model.metrics["top1"]
-    best = CHECKPOINTS.load(run / "best.pt")
-    assert best["history"][-1]["top1"] == max(float(row["top1"]) for row in rows)
+    assert load_model(run / "best.pt").metrics["top1"] == max(float(row["top1"]) for row in rows)
 
 
 def test_config_repeats_the_run(run, tmp_path):
@@ -112,6 +114,14 @@ def test_resume_a_finished_run(run, tiny, capsys):
     assert metrics(run) == before
     assert main([*tiny, "--resume", "--lr=0.3", "--out", str(run)]) == 2
     assert "with lr=0.1; leave out --lr" in capsys.readouterr().err
+
+
+def test_help_and_advice_are_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "(36; imagenet 48; nb201 16; digits 16)" in " ".join(capsys.readouterr().out.split())
+    assert _advice("train") == "; a smaller batch_size or channels, or a larger accumulate, needs less"
+    assert _advice("predict") == ""
 
 
 @pytest.mark.parametrize(

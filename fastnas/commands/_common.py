@@ -73,8 +73,8 @@ def describe(
 
 
 def option_names(command: str) -> list[str]:
-    """Returns the names of the command's options, those of its dataclass."""
-    return list(_DESCRIBED[command].types)
+    """Returns the names of the command's options, those of its dataclass; none where it has no such class."""
+    return list(_DESCRIBED[command].types) if command in _DESCRIBED else []
 
 
 class HelpFormatter(DefaultHelpFormatter):

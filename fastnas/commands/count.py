@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import Namespace
-from torch import nn
 
 from fastnas.commands._common import Again, Parser, console, describe, option_names
 from fastnas.commands.show import WHAT
-from fastnas.genotype import AnyGenotype, ChainGenotype, Genotype, NASBench201Genotype, OneShotGenotype
 from fastnas.genotypes import find_genotype
-from fastnas.nn import NASBench101Network, NASBench201Network, Network
+from fastnas.inference import NETWORKS, build_network, space_of
 from fastnas.nn.counting import count
 from fastnas.nn.stems import STEMS
-from fastnas.spaces import get_space
 
 HELP = "parameters and multiply-adds of an architecture's network"
 
@@ -45,16 +42,6 @@ class CountOptions:
     stem: str | None = None
 
 
-_CIFAR = {"num_classes": 10, "image_size": 32}
-_PRESETS: dict[type, dict[str, Any]] = {
-    Genotype: {"channels": 36, "layers": 20, "stem": "cifar", **_CIFAR},
-    NASBench201Genotype: {"channels": 16, "layers": 5, **_CIFAR},
-    OneShotGenotype: {"channels": 128, "layers": 9, **_CIFAR},
-}
-_CHAINS: dict[str, dict[str, Any]] = {
-    "nb-macro": {"channels": 32, "layers": 8, **_CIFAR},
-    "proxyless": {"channels": 32, "layers": 21, "num_classes": 1000, "image_size": 224},
-}
 _IMAGENET = {"channels": 48, "layers": 14, "stem": "imagenet", "num_classes": 1000, "image_size": 224}
 
 describe("count", CountOptions, {"stem": list(STEMS)})
@@ -82,7 +69,8 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
 def run(namespace: Namespace, again: Again) -> int:
     """Returns the exit status after the table was printed."""
     genotype = find_genotype(namespace.what)
-    preset = _CHAINS[_space(genotype)] if isinstance(genotype, ChainGenotype) else _PRESETS[type(genotype)]
+    space = space_of(genotype)
+    preset = NETWORKS[space].published
     if namespace.imagenet:
         if "stem" not in preset:
             raise ValueError("imagenet: only the DARTS space has such a network; give channels, layers, ... instead")
@@ -90,11 +78,11 @@ def run(namespace: Namespace, again: Again) -> int:
     given = {name: namespace[name] for name in option_names("count") if namespace[name] is not None}
     if "stem" in given and "stem" not in preset:
         raise ValueError(f"stem={given['stem']}: only networks of the DARTS space have one to choose; leave it out")
-    network = preset | given
+    network = {**preset, **given}
     size = network.pop("image_size")
     if size < 1:
         raise ValueError(f"image_size={size} must be at least 1")
-    result = count(_build(genotype, **network), (network["in_channels"], size, size))
+    result = count(build_network(genotype, {"space": space, **network}), (network["in_channels"], size, size))
     out = console()
     out.print(", ".join(f"{name} {value}" for name, value in network.items()) + f", images of {size}x{size}")
     rows = {
@@ -105,19 +93,3 @@ def run(namespace: Namespace, again: Again) -> int:
     for name, (value, what) in rows.items():
         out.print(f"{name:14}{value:15,}" + (f"  [dim]{what}[/]" if what else ""))
     return 0
-
-
-def _build(genotype: AnyGenotype, channels: int, layers: int, **others: Any) -> nn.Module:
-    # not by the space's name: NASNet and AmoebaNet have more nodes than that of DARTS
-    if isinstance(genotype, Genotype):
-        return Network(genotype, channels, layers, **others)
-    if isinstance(genotype, NASBench201Genotype):
-        return NASBench201Network(genotype, channels, layers, **others)
-    if isinstance(genotype, ChainGenotype):
-        return get_space(_space(genotype)).network(genotype, channels, layers, **others)
-    return NASBench101Network(genotype, channels, layers, **others)
-
-
-def _space(genotype: ChainGenotype) -> str:
-    """Returns the name of the space whose blocks a chain has."""
-    return "nb-macro" if set(genotype.ops) <= set(get_space("nb-macro").primitives) else "proxyless"

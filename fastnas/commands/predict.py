@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from rich.table import Column, Table
 from torch import Tensor
 
+from fastnas._device import as_device
 from fastnas.commands._common import Again, Parser, UsageError, console
 
 HELP = "what a trained network sees in images"
@@ -23,8 +24,8 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
     predict = Parser(
         prog="fastnas predict",
         usage="fastnas predict --checkpoint MODEL IMAGE [IMAGE ...] [options]",
-        description="Prints the most probable classes of images. Each is resized so that its shorter side is the "
-        "model's image size, and cropped to the middle. An image that cannot be read does not stop the others; the "
+        description="Prints the most probable classes of images. Of each the model sees what its training's test "
+        "did: the square in the centre, resized. An image that cannot be read does not stop the others; the "
         "exit status is then 2.",
     )
     predict.add_argument("images", metavar="IMAGE", nargs="+", help="Files of images, or folders of such files.")
@@ -32,6 +33,11 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
         "--checkpoint", metavar="MODEL", required=True, help="The model.pt of a training, or its run folder."
     )
     predict.add_argument("--top", type=int, default=5, metavar="N", help="How many classes. (default: 5)")
+    predict.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1 ..., or auto for the GPU where there is one. (default: auto)",
+    )
     predict.add_argument("--json", action="store_true", help="Print JSON, all on one line.")
     return predict
 
@@ -42,7 +48,7 @@ def run(options: Namespace, again: Again) -> int:
 
     if options.top < 1:
         raise UsageError(f"top={options.top}: expected a whole number above 0 (see fastnas predict --help)")
-    model = load_model(options.checkpoint)
+    model = load_model(options.checkpoint, as_device(options.device))
     files = image_files(options.images)
     results: list[tuple[Path, list[tuple[str, float]]]] = []
     failed = False
@@ -50,7 +56,7 @@ def run(options: Namespace, again: Again) -> int:
         batch: list[tuple[Path, Tensor]] = []
         for path in files[start : start + BATCH]:
             try:
-                batch.append((path, read_image(path, len(model.mean), model.image_size)))
+                batch.append((path, read_image(path, len(model.mean), model.image_size, model.crop)))
             except (ValueError, OSError) as error:  # noqa: PERF203
                 failed = True
                 message = error if isinstance(error, ValueError) else f"{path}: {error.strerror}"
@@ -78,5 +84,6 @@ def run(options: Namespace, again: Again) -> int:
         for path, named in results:
             table.add_row(str(path), *(f"{name} {p:.1%}" for name, p in named))
         out = console()
-        out.print(table, width=None if out.is_terminal else 10_000)  # lines in a file or a pipe are left whole
+        # lines in a file or a pipe are left whole
+        out.print(table, markup=False, width=None if out.is_terminal else 10_000)
     return 2 if failed else 0

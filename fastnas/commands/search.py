@@ -175,7 +175,8 @@ def _run(search: Search, folder: RunFolder, again: str) -> int:
     )
     out.print(
         f"supernet of {config.layers} layers, {config.channels} channels, {parameters:,} parameters; {config.device}; "
-        f"seed {config.seed}\nrun folder {folder.path}"
+        f"seed {config.seed}\nrun folder {folder.path}",
+        markup=False,
     )
     if search.epoch or search.step:
         out.print(f"resumed after epoch {search.epoch}, step {search.step}")
@@ -206,7 +207,7 @@ def _run(search: Search, folder: RunFolder, again: str) -> int:
             out.print(f"{name} {value:.2f}")
     written = ("genotype.json", *(p.name for p in pictures), "alphas.png", "metrics.csv", "config.yaml")
     page = f"; all on one page: fastnas report {shlex.quote(str(folder.path))}" if result.history else ""
-    out.print(f"in {folder.path}: {', '.join(n for n in written if (folder.path / n).exists())}{page}")
+    out.print(f"in {folder.path}: {', '.join(n for n in written if (folder.path / n).exists())}{page}", markup=False)
     return 0
 
 

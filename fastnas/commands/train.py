@@ -42,7 +42,7 @@ def _default(action: argparse.Action) -> str:
         return "" if action.default is None else f" (default: {show_value(action.default)})"
     values = {name: show_value(RECIPES[name].values[action.dest]) for name in _SHOWN}
     common = values[_SHOWN[0]]
-    others = "".join(f", {value} {name}" for name, value in values.items() if value != common)
+    others = "".join(f"; {name} {value}" for name, value in values.items() if value != common)
     return f" ({common}{others})"
 
 
@@ -134,7 +134,8 @@ def train(training: Training, folder: TrainFolder, again: str) -> int:
     out.print(
         f"{source.counts[0]:,} images train, {source.counts[1]:,} test; {_augmentation(config)}\n"
         f"network of {config.layers} layers, {config.channels} channels, {_size(training)}; {config.device}; "
-        f"seed {config.seed}\nrun folder {folder.path}"
+        f"seed {config.seed}\nrun folder {folder.path}",
+        markup=False,
     )
     if training.epoch or training.step:
         out.print(f"resumed after epoch {training.epoch}, step {training.step}")
@@ -158,7 +159,7 @@ def train(training: Training, folder: TrainFolder, again: str) -> int:
     if not finished:
         out.print(f"stopped after epoch {training.epoch}, step {training.step}; to go on:\n  {again}", markup=False)
         return 128 + signals[0]
-    out.print(f"in {folder.path}: model.pt, checkpoint.pt, best.pt, metrics.csv, config.yaml")
+    out.print(f"in {folder.path}: model.pt, checkpoint.pt, best.pt, metrics.csv, config.yaml", markup=False)
     last, seconds = training.history[-1], sum(r.seconds for r in training.history)
     out.print(
         f"test error {1 - last.top1:.2%} (top-5 {1 - last.top5:.2%}), {_size(training)}, "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,7 +24,10 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 _LAYOUT = "ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
-_TEST_CROP = 224 / 256  # of the shorter side, the square that is tested on
+TEST_CROP = 224 / 256
+"""The square that is tested on, as a part of the shorter side."""
+
+_ORIENTATION = 0x0112  # of Exif; 1 is upright
 
 
 class Loaded(NamedTuple):
@@ -74,7 +77,8 @@ class ImageFolder(Dataset[_Read]):
     """The images in ``ROOT/train/CLASS`` and ``ROOT/val/CLASS``, in the order of their names.
 
     Training images are cropped at random: 8 % to 100 % of the area, an aspect ratio of 3/4 to 4/3, resized to a square.
-    Of test images it is the centre, 224/256 of the shorter side. An image is in no other way changed.
+    Of test images it is the centre, 224/256 of the shorter side. An image is in no other way changed, but shown as its
+    Exif orientation says.
 
     Args:
         root: the folder with train and val.
@@ -115,26 +119,27 @@ class ImageFolder(Dataset[_Read]):
         part = self._parts[item.part]
         path, label = part.path(item.image), int(part.labels[item.image])
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-                box = random_box(width, height, random.Random(item.seed)) if item.seed else centre_box(width, height)
+            with Image.open(path) as file:
+                image = upright(file)
+                size = image.size
+                box = random_box(*size, random.Random(item.seed)) if item.seed else centre_box(*size, TEST_CROP)
                 return crop(image, box, self.size), label, (str(path), "")
         except Exception as error:  # damaged bytes make the reader raise nearly anything
             return None, label, (str(path), " ".join(str(error).split()) or type(error).__name__)
 
 
 class _Asked:
-    """The batches that the loader is to read next."""
+    """The batches that the loader is to read next, once."""
 
     def __init__(self) -> None:
-        self.batches: list[list[_Item]] = []
+        self.batches: Iterator[list[_Item]] = iter(())
 
     def __iter__(self) -> Iterator[list[_Item]]:
-        return iter(self.batches)
+        return self.batches
 
 
 class FolderBatches:
-    """Batches of an :class:`ImageFolder`, read by worker processes that live as long as this.
+    """Batches of an :class:`ImageFolder`, read by worker processes that live until :meth:`close`.
 
     Args:
         images: the folder.
@@ -150,16 +155,10 @@ class FolderBatches:
         self._images = images
         self._batch_size = batch_size
         self._seed = seed
+        self._workers = workers
+        self._pin_memory = pin_memory
         self._asked = _Asked()
-        self._loader: DataLoader[Any] = DataLoader(
-            images,
-            batch_sampler=self._asked,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
-        )
+        self._loader: DataLoader[Any] | None = None
 
     def train(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Loaded]:
         """Yields training images, cropped as the epoch has it.
@@ -168,24 +167,37 @@ class FolderBatches:
             batches: indices of each batch, int64 (B,).
             epoch: counted from 0.
         """
-        return self._read(
-            [[_Item("train", i, f"{self._seed} {epoch} {i}") for i in batch.tolist()] for batch in batches]
-        )
+        return self._read([_Item("train", i, f"{self._seed} {epoch} {i}") for i in batch.tolist()] for batch in batches)
 
     def test(self) -> Iterator[Loaded]:
         """Yields all test images in their order."""
         n, size = self._images.count("val"), self._batch_size
-        return self._read([[_Item("val", i, "") for i in range(j, min(j + size, n))] for j in range(0, n, size)])
+        return self._read([_Item("val", i, "") for i in range(j, min(j + size, n))] for j in range(0, n, size))
 
-    def _read(self, asked: list[list[_Item]]) -> Iterator[Loaded]:
+    def close(self) -> None:
+        """Ends the workers; the next batches start new ones."""
+        self._loader = None
+
+    def _read(self, asked: Iterator[list[_Item]]) -> Iterator[Loaded]:
         self._asked.batches = asked
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._images,
+                batch_sampler=self._asked,
+                num_workers=self._workers,
+                collate_fn=_collate,
+                pin_memory=self._pin_memory,
+                persistent_workers=self._workers > 0,
+                worker_init_fn=_defer_signals,
+            )
         return iter(self._loader)
 
 
-def _ignore_signals(worker: int) -> None:
+def _defer_signals(worker: int) -> None:
     # Ctrl-C, and what job managers send, reach all processes: they are for the main one, which then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The main process itself may send the second one, to a worker that does not come to its end.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _collate(items: Sequence[_Read]) -> Loaded:
@@ -216,9 +228,9 @@ def random_box(width: int, height: int, chance: random.Random) -> Box:
     return _centred(width, height, min(width, height * 4 / 3), min(height, width * 4 / 3))
 
 
-def centre_box(width: int, height: int) -> Box:
-    """Returns the square in the centre, 224/256 of the shorter side."""
-    side = min(width, height) * _TEST_CROP
+def centre_box(width: int, height: int, part: float) -> Box:
+    """Returns the square in the centre, this part of the shorter side."""
+    side = min(width, height) * part
     return _centred(width, height, side, side)
 
 
@@ -226,20 +238,39 @@ def _centred(width: int, height: int, w: float, h: float) -> Box:
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def crop(image: Image.Image, box: Box, size: int) -> Tensor:
-    """Returns a box of an image, resized to a square of RGB, uint8 (3, size, size).
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an image as its Exif orientation says, of 8 bits a channel; most are returned as they are, unread."""
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged Exif; the pixels may be whole
+        turned = False
+    if turned:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # of which a conversion would keep what is above 255 as white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
+
+
+def crop(image: Image.Image, box: Box, size: int, mode: str = "RGB") -> Tensor:
+    """Returns a box of an image, resized to a square, uint8 (channels, size, size).
 
     A JPEG that is larger than needed is decoded at a half, a quarter or an eighth of its size.
+
+    Args:
+        image: of 8 bits a channel.
+        box: what is kept of it.
+        size: side of the square.
+        mode: ``RGB``, or ``L`` for grey.
     """
     width, height = image.size
     shrink = min(box[2] - box[0], box[3] - box[1]) / size
     if shrink >= 2:
-        image.draft("RGB", (int(width / shrink), int(height / shrink)))
+        image.draft(mode, (int(width / shrink), int(height / shrink)))
         w, h = image.size
         x, y = w / width, h / height
         box = (box[0] * x, box[1] * y, min(box[2] * x, w), min(box[3] * y, h))  # rounding must not lead outside
-    square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    square = image.convert(mode).resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    return torch.from_numpy(np.array(square)).view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -259,7 +290,7 @@ def _part(folder: Path, classes: Sequence[str]) -> _Part:
             os.path.relpath(os.path.join(where, file), folder)
             for where, _, files in os.walk(folder / name)
             for file in files
-            if file.lower().endswith(SUFFIXES)
+            if file.lower().endswith(SUFFIXES) and not file.startswith(".")  # macOS leaves ._NAME.jpg beside a file
         ]
         if not found:
             raise ValueError(f"{folder / name} holds no image ({', '.join(SUFFIXES)}); fill or remove the folder")

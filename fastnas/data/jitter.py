@@ -57,6 +57,6 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     numerator = torch.where(largest == 0, green - blue, torch.where(largest == 1, blue - red, red - green))
     hue = numerator / torch.where(chroma == 0, 1, chroma) + 2 * largest + 6 * shift  # in sixths of the circle
     # red, green and blue from hue, chroma and value: k = (n + hue) mod 6, value - chroma * clamp(min(k, 4 - k), 0, 1)
-    n = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    n = torch.arange(5.0, 0.0, -2.0, device=images.device).view(1, 3, 1, 1)  # 5, 3, 1, made where it is read
     k = (n + hue) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)

@@ -2,9 +2,11 @@
 
 from fastnas.inference.export import export_onnx, export_program
 from fastnas.inference.images import image_files, read_image
-from fastnas.inference.model_file import TrainedModel, build_network, load_model, model_path, save_model
+from fastnas.inference.model_file import TrainedModel, load_model, model_path, save_model
+from fastnas.inference.networks import NETWORKS, build_network, space_of
 
 __all__ = [
+    "NETWORKS",
     "TrainedModel",
     "build_network",
     "export_onnx",
@@ -14,4 +16,5 @@ __all__ = [
     "model_path",
     "read_image",
     "save_model",
+    "space_of",
 ]

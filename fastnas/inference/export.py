@@ -30,8 +30,8 @@ def export_onnx(model: TrainedModel | str | os.PathLike[str], path: str | os.Pat
     """Writes a model as ONNX, whole or not at all; returns the largest error of its logits in onnxruntime.
 
     Its input ``images`` is float32 (N, C, size, size) for any N, normalised; its output ``logits`` (N, classes). The
-    metadata has the texts ``genotype``, ``classes``, ``mean``, ``std``, ``image_size``, ``metrics``, ``fastnas``, in
-    JSON all but the first and the last.
+    metadata has the texts ``genotype``, ``classes``, ``mean``, ``std``, ``image_size``, ``crop``, ``metrics``,
+    ``fastnas``, in JSON all but the first and the last.
 
     Args:
         model: a model, or the file of one.
@@ -121,7 +121,7 @@ def _program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram
 
 
 def _metadata(model: TrainedModel) -> dict[str, str]:
-    values = {name: getattr(model, name) for name in ("classes", "mean", "std", "image_size", "metrics")}
+    values = {name: getattr(model, name) for name in ("classes", "mean", "std", "image_size", "crop", "metrics")}
     texts = {name: json.dumps(value) for name, value in values.items()}
     return {"genotype": model.genotype.to_text(), **texts, "fastnas": __version__}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastnas import __version__
-from fastnas._files import write_atomic
-from fastnas.genotype import AnyGenotype, Genotype, NASBench201Genotype, OneShotGenotype, parse_genotype
-from fastnas.nn import NASBench101Network, NASBench201Network, Network
+from fastnas._files import load_tensors, write_atomic
+from fastnas.genotype import AnyGenotype, parse_genotype
+from fastnas.inference.networks import build_network
 
 FORMAT = "fastnas model"
 VERSION = 1
 
-_SPACES: dict[str, tuple[type[Any], type[nn.Module]]] = {
-    "darts": (Genotype, Network),
-    "nb201": (NASBench201Genotype, NASBench201Network),
-    "nb101": (OneShotGenotype, NASBench101Network),
-}
-_SIZES = ("channels", "layers", "num_classes", "in_channels")
 _AUXILIARY = "auxiliary_head."
 
 
@@ -43,6 +35,7 @@ class TrainedModel:
         mean: per channel, of images scaled to [0, 1]; images are normalised with it.
         std: likewise.
         image_size: height and width of the images that it was trained with.
+        crop: the square in the centre of an image that is resized to that, as a part of the shorter side.
         metrics: what the training measured, by name.
     """
 
@@ -52,6 +45,7 @@ class TrainedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
+    crop: float
     metrics: dict[str, Any]
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -85,43 +79,6 @@ class TrainedModel:
             return self.network(self.normalise(images)).softmax(1)  # type: ignore[no-any-return]
 
 
-def build_network(
-    genotype: AnyGenotype, network: Mapping[str, Any], *, auxiliary: bool = False, drop_path: float = 0.0
-) -> nn.Module:
-    """Returns the network that a genotype stands for, with fresh weights.
-
-    Args:
-        genotype: the architecture.
-        network: its other arguments: ``space`` (``darts``, ``nb201`` or ``nb101``), ``channels``, ``layers``,
-            ``num_classes``, ``in_channels`` and, for ``darts``, ``stem`` (``cifar`` where it is missing).
-        auxiliary: of :class:`fastnas.nn.Network`; of training alone.
-        drop_path: likewise.
-
-    Raises:
-        ValueError: where an argument is missing, unknown or does not fit, or the genotype is of another space.
-    """
-    space = network.get("space")
-    if space not in _SPACES:
-        raise ValueError(f"network: space={space!r}: expected one of {', '.join(_SPACES)}")
-    kind, build = _SPACES[space]
-    darts = space == "darts"
-    unknown = set(network) - {"space", "stem", *_SIZES}
-    missing = [name for name in _SIZES if type(network.get(name)) is not int]
-    if unknown or missing:
-        raise ValueError(
-            f"network: expected space, stem and the whole numbers {', '.join(_SIZES)}; "
-            + (f"{', '.join(missing)} not given" if missing else f"{', '.join(sorted(unknown))} unknown")
-        )
-    if not isinstance(genotype, kind):
-        raise ValueError(f"genotype is none of the space {space!r}: got {genotype!r}")
-    if not darts and (network.get("stem", "cifar") != "cifar" or auxiliary or drop_path):
-        raise ValueError(f"stem, auxiliary and drop_path are choices of the space 'darts', not of {space!r}")
-    sizes = [network[name] for name in _SIZES]
-    if not darts:
-        return build(genotype, *sizes)
-    return build(genotype, *sizes, stem=network.get("stem", "cifar"), auxiliary=auxiliary, drop_path=drop_path)
-
-
 def save_model(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -132,19 +89,21 @@ def save_model(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int,
+    crop: float = 1.0,
     metrics: Mapping[str, Any],
 ) -> None:
     """Writes a trained network to a model file, whole or not at all. Weights are float32; no auxiliary head is kept.
 
     Args:
         path: of the file.
-        model: what :func:`build_network` made of the next two arguments, trained.
+        model: what :func:`~fastnas.inference.build_network` made of the next two arguments, trained.
         genotype: its architecture.
         network: its other arguments.
         classes: names of the classes, in the order of the logits.
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         image_size: height and width of the images that it was trained with.
+        crop: the square in the centre of an image that was tested on, as a part of the shorter side.
         metrics: what the training measured: names and plain values.
 
     Raises:
@@ -158,6 +117,7 @@ def save_model(
         "mean": [float(v) for v in mean],
         "std": [float(v) for v in std],
         "image_size": image_size,
+        "crop": crop,
         "metrics": dict(metrics),
     }
     try:
@@ -192,15 +152,10 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         ValueError: where it is damaged, foreign, newer than this fastnas, or does not fit together.
     """
     path = model_path(path)
-    file = io.BytesIO(path.read_bytes())
     try:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("no zip archive")
-        file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the reader raise nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{path} is damaged or is no model of fastnas ({reason}); {_REMEDY}") from error
+        content = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or is no model of fastnas ({error}); {_REMEDY}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         what = f"a {found}" if isinstance(found, str) and found.startswith("fastnas ") else "no model of fastnas"
@@ -241,6 +196,9 @@ def _read(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> TrainedMode
         raise ValueError(f"std must be positive, got {std}")
     if type(header["image_size"]) is not int or header["image_size"] < 1:
         raise ValueError(f"image_size must be a positive whole number, got {header['image_size']!r}")
+    crop = header.get("crop", 1.0)  # the first files lack it
+    if type(crop) not in (int, float) or not 0 < crop <= 1:
+        raise ValueError(f"crop must be above 0 and at most 1, got {crop!r}")
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -257,5 +215,6 @@ def _read(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> TrainedMode
         mean=tuple(mean),
         std=tuple(std),
         image_size=header["image_size"],
+        crop=crop,
         metrics=dict(header["metrics"]),
     )

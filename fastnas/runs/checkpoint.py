@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastnas._files import write_atomic
+from fastnas._files import load_tensors, write_atomic
 
 
 class CheckpointError(ValueError):
@@ -55,17 +53,12 @@ class Checkpoints:
         """
         path = Path(path)
         try:
-            file = io.BytesIO(path.read_bytes())
+            content = load_tensors(path)
         except FileNotFoundError:
             raise CheckpointError(f"there is no checkpoint {path}; start the {self.kind} anew") from None
-        try:
-            if not zipfile.is_zipfile(file):
-                raise ValueError("no zip archive")
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make the reader raise nearly anything
+        except ValueError as error:
             raise CheckpointError(
-                f"{path} is damaged or is not a checkpoint of fastnas ({_first_line(error)}); "
+                f"{path} is damaged or is not a checkpoint of fastnas ({error}); "
                 f"remove it and start the {self.kind} anew"
             ) from error
         if not isinstance(content, dict) or content.get("format") != self.format:
@@ -85,7 +78,14 @@ class Checkpoints:
             CheckpointError: where it is not.
         """
         for name, value in mine.items():
-            if name not in free and value != theirs[name]:
+            if name in free:
+                continue
+            if name not in theirs:
+                raise CheckpointError(
+                    f"the checkpoint is of a {self.kind} from before there was the option {name}; "
+                    "resume with the release that wrote it"
+                )
+            if value != theirs[name]:
                 raise CheckpointError(
                     f"the checkpoint is of a {self.kind} with {name}={theirs[name]!r}, this one has "
                     f"{name}={value!r}; resume with the options of the checkpoint"
@@ -94,13 +94,9 @@ class Checkpoints:
     def compare(self, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         """Warns where a checkpoint is of another machine (:func:`fastnas.runs.machine.describe`)."""
         for name, now in mine.items():
-            if theirs[name] != now:
+            if (then := theirs.get(name)) != now:
                 warnings.warn(
-                    f"the checkpoint was written with {name} {theirs[name]}, this is {now}: the {self.kind} goes on, "
+                    f"the checkpoint was written with {name} {then}, this is {now}: the {self.kind} goes on, "
                     "but not with the same bits",
                     stacklevel=3,
                 )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

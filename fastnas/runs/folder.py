@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fastnas import __version__
-from fastnas._files import write_text
+from fastnas._files import HALF_WRITTEN, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +46,8 @@ class Folder:
         self._writer: SummaryWriter | None = None
 
     def __enter__(self) -> Any:
+        for half in self.path.glob(HALF_WRITTEN):  # by a process that was killed
+            half.unlink(missing_ok=True)
         return self
 
     def __exit__(

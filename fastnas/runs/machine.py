@@ -62,13 +62,17 @@ def seed_of(seed: int, purpose: str) -> int:
 
 @contextmanager
 def settings(device: torch.device, threads: int) -> Iterator[None]:
-    """Runs the block with this number of threads (0: as it is) and, on a GPU, cuDNN's deterministic algorithms."""
+    """Runs the block on this many threads (0: as it is); on a GPU, as the current one and with deterministic cuDNN."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
     try:
         if device.type == "cuda":
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            # as the current one: pinned memory and its thread are of that, not of the one that tensors name
+            with (
+                torch.cuda.device(device),
+                torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+            ):
                 yield
         else:
             yield

@@ -52,9 +52,18 @@ def _check_type(options: Any, field: Field[Any]) -> None:
     if isinstance(value, (list, tuple)):
         value = plain(value) if annotation.startswith("list") else tuple(value)
         object.__setattr__(options, field.name, value)
+    check_type(field.name, value, annotation)
+
+
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Checks the value of an option.
+
+    Raises:
+        TypeError: where it is not what the annotation says.
+    """
     types, meaning = _TYPES[annotation]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"{field.name}={value!r}: expected {meaning}")
+        raise TypeError(f"{name}={value!r}: expected {meaning}")
 
 
 def plain(values: Iterable[Any]) -> list[Any]:

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastnas._files import first_line
+
 WARM_UP = 3
 """Ordinary runs of a step before it is recorded, as many as torch's own helper makes."""
 
@@ -118,9 +120,8 @@ class GraphedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise ValueError(
-                f"cuda_graphs=True: the step cannot be recorded ({reason}); search without cuda_graphs"
+                f"cuda_graphs=True: the step cannot be recorded ({first_line(error)}); search without cuda_graphs"
             ) from error
 
 

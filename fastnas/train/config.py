@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fastnas.data import DATASETS
-from fastnas.genotype import AnyGenotype, Genotype, parse_genotype
+from fastnas.data import DATASETS, default_augment
+from fastnas.genotype import AnyGenotype, ChainGenotype, Genotype, parse_genotype
 from fastnas.genotypes import find_genotype
 from fastnas.nn.stems import STEMS
 from fastnas.runs import options
@@ -36,10 +36,10 @@ class NetworkOptions:
         genotype: The architecture: a name that `fastnas show` lists, a file in any notation, or the notation itself.
         recipe: How it is trained, a preset of the options below: a name, or a YAML file of such options, which may name
             the recipe that it changes (recipe: cifar). Without it: digits for those, nb201 for cells of NAS-Bench-201,
-            imagenet for folders of images, else cifar.
+            and for the DARTS space imagenet for folders of images, else cifar; other architectures want one.
         channels: Channels of the first cell. Each reduction cell doubles them.
         layers: Cells; those at 1/3 and 2/3 of the depth are reduction cells. Of NAS-Bench-201: cells of each of the
-            three stages.
+            three stages. Chains have their own.
         stem: What comes before the cells of DARTS' networks: cifar, a convolution at full size; or imagenet, three of
             stride 2.
     """
@@ -66,7 +66,8 @@ class DataOptions:
             images, the same for every seed: to choose between architectures. 0 trains on all.
         batch_size: Images in a batch.
         pad: Augmentation: the images are padded by this many pixels and cropped back at random. 0 is off.
-        flip: Augmentation: each image is mirrored with probability 1/2.
+        flip: Augmentation: each image is mirrored with probability 1/2. Recipes leave digits and npz as they are: say
+            true where a mirrored image is as good.
         cutout: Augmentation: the side of the square that is blanked out, in pixels. 0 is off.
         jitter: Augmentation: strengths of random brightness, contrast, saturation and hue. [] is off.
         image_size: Of imagefolder: the side that images are cropped and resized to, at random in training (8 % to
@@ -95,11 +96,11 @@ class WeightOptions:
 
     Attributes:
         epochs: Passes over the training images.
-        lr: Learning rate of the first epoch, or of the first after the warm-up.
+        lr: Learning rate that the schedule starts from.
         schedule: How it falls from epoch to epoch: cosine, to 0; exponential, by the factor lr_decay; or linear, to 0,
             more slowly in the last five epochs (PC-DARTS).
         lr_decay: The factor of the exponential schedule.
-        lr_warmup: First epochs, in which the learning rate grows linearly towards the schedule's.
+        lr_warmup: First epochs N, in which the schedule's learning rate is multiplied by 1/N, 2/N, ...
         momentum: Momentum of SGD.
         nesterov: Nesterov's form of it.
         weight_decay: Weight decay of SGD.
@@ -178,7 +179,12 @@ class TrainConfig(MachineOptions, WeightOptions, DataOptions, NetworkOptions):
             name, own = read_recipe(given)
         name = name or default_recipe(genotype, self.data)
         object.__setattr__(self, "recipe", name)
-        for option, default in {**RECIPES.find(name).values, **own}.items():
+        values = dict(RECIPES.find(name).values)
+        if isinstance(genotype, ChainGenotype):
+            values["layers"] = len(genotype.ops)
+        if self.data in DATASETS and not default_augment(self.data).flip:
+            values["flip"] = False
+        for option, default in {**values, **own}.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)
         if self.device == "auto":

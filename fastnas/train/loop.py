@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from fastnas._device import as_device
 from fastnas.data import Augment, ImageData, augment, normalize
-from fastnas.genotype import Genotype, NASBench201Genotype
-from fastnas.inference.model_file import build_network
+from fastnas.genotype import Genotype
+from fastnas.inference.networks import build_network, space_of
 from fastnas.nn.counting import Complexity, count
 from fastnas.nn.preserved import preserved
 from fastnas.runs.checkpoint import Checkpoints
@@ -70,7 +71,7 @@ class Training:
         steps_per_epoch: Steps in an epoch.
         genotype: The architecture.
         network: What is trained.
-        network_options: The arguments that :func:`fastnas.inference.model_file.build_network` made it of.
+        network_options: The arguments that :func:`fastnas.inference.build_network` made it of.
         source: Its images.
         size: Parameters, without the auxiliary head's, and multiply-adds for one image.
         history: One record for each finished epoch.
@@ -80,8 +81,9 @@ class Training:
         OSError: where the data cannot be read.
     """
 
-    FREE_ON_RESUME = frozenset({"device", "threads", "root", "workers", "checkpoint_every"})
-    """Options that a resumed training may change: it may move to another machine, where its rounding may differ."""
+    FREE_ON_RESUME = frozenset({"device", "threads", "root", "workers", "skip_corrupt", "checkpoint_every"})
+    """Options that a resumed training may change: it may move to another machine, where its rounding may differ, and
+    go on without the image that stopped it."""
 
     def __init__(self, config: TrainConfig, *, data: ImageData | None = None) -> None:
         self.config = config
@@ -96,7 +98,7 @@ class Training:
         self.steps_per_epoch = len(self._batches(0))
 
         self.network_options: dict[str, Any] = {
-            "space": _space(self.genotype),
+            "space": self._space(),
             "channels": config.channels,
             "layers": config.layers,
             "num_classes": len(source.classes),
@@ -126,6 +128,11 @@ class Training:
         self._seconds = 0.0
         self._stop = False
 
+    def _space(self) -> str:
+        space = space_of(self.genotype)
+        # the same blocks, after a stem and stages for large images or for small ones
+        return "proxyless-cifar" if space == "proxyless" and self.config.data != "imagefolder" else space
+
     def _check_images(self) -> None:
         """Checks the options that not all images have room for."""
         c, (channels, height, width) = self.config, self.source.shape
@@ -136,6 +143,8 @@ class Training:
                 f"the images are {height}x{width}: the network wants multiples of {multiple} (stem={c.stem})"
                 + ("; choose another image_size" if c.data == "imagefolder" else "")
             )
+        if height != width:
+            raise ValueError(f"the images are {height}x{width}: crop or pad them to squares")
         if c.auxiliary and (height, width) != (size, size):
             raise ValueError(
                 f"auxiliary={c.auxiliary} with images of {height}x{width}: that head wants {size}x{size} "
@@ -175,7 +184,11 @@ class Training:
             DivergenceError: where the loss is no longer a finite number.
         """
         gpus = [self.device] if self.device.type == "cuda" else []
-        with settings(self.device, self.config.threads), torch.random.fork_rng(devices=gpus):
+        with (
+            settings(self.device, self.config.threads),
+            torch.random.fork_rng(devices=gpus),
+            contextlib.closing(self.source),
+        ):
             while self.epoch < self.config.epochs and not self._stop:
                 if self._run_epoch(on_step, on_checkpoint):
                     record = self._end_epoch()
@@ -267,17 +280,14 @@ class Training:
         return True
 
     def _update(self, images: Tensor, labels: Tensor) -> None:
-        if not len(labels):  # all of its images could not be read
+        if len(labels) < 2:  # the others could not be read; one alone has no batch statistics
             return
-        seed = seed_of(self.config.seed, f"step {self.epoch} {self.step}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, f"step {self.epoch} {self.step}"))
         images = augment(images, self._augment, self._mean, self._std, generator, jitter=self.config.jitter)
-        torch.manual_seed(seed)  # for what the network drops
+        torch.manual_seed(seed_of(self.config.seed, f"drop {self.epoch} {self.step}"))  # for what the network drops
         self._optimizer.zero_grad()
-        parts = self.config.accumulate
+        parts = min(self.config.accumulate, len(labels) // 2)
         for part, answers in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            if not len(answers):
-                continue
             logits, auxiliary = self._forward(part)
             loss = self._loss(logits, answers)
             if auxiliary is not None:
@@ -369,9 +379,3 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     if epoch < config.lr_warmup:
         lr *= (epoch + 1) / config.lr_warmup
     return lr
-
-
-def _space(genotype: object) -> str:
-    if isinstance(genotype, Genotype):
-        return "darts"
-    return "nb201" if isinstance(genotype, NASBench201Genotype) else "nb101"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,9 @@ from types import MappingProxyType
 import yaml
 
 from fastnas._registry import Registry
-from fastnas.genotype import AnyGenotype, Genotype
+from fastnas.genotype import AnyGenotype
+from fastnas.inference.networks import NETWORKS, space_of
+from fastnas.runs import options
 
 Value = bool | int | float | str | list[float]
 
@@ -44,12 +47,23 @@ def register_recipe(recipe: Recipe) -> Recipe:
 
 
 def default_recipe(genotype: AnyGenotype, data: str) -> str:
-    """Returns the name of the recipe for an architecture and a data set, where none is given."""
+    """Returns the name of the recipe for an architecture and a data set, where none is given.
+
+    Raises:
+        ValueError: where none is known for such an architecture.
+    """
     if data == "digits":
         return "digits"
-    if not isinstance(genotype, Genotype):
-        return "nb201"
-    return "imagenet" if data == "imagefolder" else "cifar"
+    space = space_of(genotype)
+    if space == "darts":
+        return "imagenet" if data == "imagefolder" else "cifar"
+    if space != "nb201":
+        sizes = NETWORKS[space].published
+        raise ValueError(
+            f"recipe is missing: none is known for architectures of {space}; give one, such as nb201 with "
+            f"channels={sizes['channels']} and layers={sizes['layers']}, the published size"
+        )
+    return space
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Value]]:
@@ -57,7 +71,7 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Val
 
     Raises:
         OSError: where the file cannot be read.
-        ValueError: where it holds anything but options of a recipe; the message names the first.
+        ValueError: where it holds anything but options of a recipe and values for them; the message names the first.
     """
     path = Path(path)
     try:
@@ -72,6 +86,15 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Val
     known = _CIFAR.keys()
     if unknown := [str(name) for name in values if name not in known]:
         raise ValueError(f"{path}: {min(unknown)!r} is no option of a recipe; those are {', '.join(known)}")
+    for name, value in values.items():
+        kind = type(_CIFAR[name])
+        if kind is float and isinstance(value, str):  # YAML reads 1e-1 as text
+            with suppress(ValueError):
+                values[name] = float(value)
+        try:
+            options.check_type(name, values[name], "list[float]" if kind is list else kind.__name__)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
     return base, values
 
 
@@ -127,7 +150,7 @@ _IMAGENET = _values(
 )
 
 register_recipe(Recipe("cifar", "DARTS on CIFAR (arXiv:1806.09055)", _CIFAR))
-register_recipe(Recipe("cifar-pc", "PC-DARTS and DrNAS on CIFAR (arXiv:1907.05737)", _values(_CIFAR, drop_path=0.3)))
+register_recipe(Recipe("cifar-pc", "PC-DARTS on CIFAR (arXiv:1907.05737)", _values(_CIFAR, drop_path=0.3)))
 register_recipe(Recipe("imagenet", "DARTS on ImageNet, mobile setting (arXiv:1806.09055)", _IMAGENET))
 register_recipe(
     Recipe(

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import ClassVar
 
+from fastnas.inference.model_file import save_model
 from fastnas.runs.folder import Folder
 from fastnas.train.config import GROUPS, TrainConfig
 from fastnas.train.loop import CHECKPOINTS, EpochRecord, Training
@@ -21,8 +22,8 @@ class TrainFolder(Folder):
     | `metrics.csv` | one row an epoch, the fields of :class:`~fastnas.train.EpochRecord` |
     | `events.out.tfevents.*` | the same for TensorBoard |
     | `checkpoint.pt` | the state to resume from |
-    | `best.pt` | the state after the epoch with the best top-1 accuracy on the test images |
     | `model.pt` | after the last epoch: the trained network, for `fastnas predict` and `fastnas export` |
+    | `best.pt` | the same after the epoch with the best top-1 accuracy on the test images |
 
     Args:
         path: The folder.
@@ -86,15 +87,18 @@ class TrainFolder(Folder):
             "run/seconds": record.seconds,
         }
         self._write_events(record.epoch, tags)
+        state = training.state_dict()  # where a weight is no longer a number it raises, and nothing is written
         if record is max(training.history, key=lambda r: r.top1):
-            CHECKPOINTS.save(self.path / "best.pt", training.state_dict())
-        self.save(training)
+            self._save_model("best.pt", training)
+        CHECKPOINTS.save(self.path / "checkpoint.pt", state)
 
     def finish(self, training: Training) -> Path:
         """Returns the path of ``model.pt`` after writing the trained network to it."""
-        from fastnas.inference.model_file import save_model
+        return self._save_model("model.pt", training)
 
-        path, source = self.path / "model.pt", training.source
+    def _save_model(self, name: str, training: Training) -> Path:
+        """Returns the path of the model file after writing the network as it is now to it."""
+        path, source = self.path / name, training.source
         metrics = asdict(training.history[-1])
         save_model(
             path,
@@ -105,6 +109,7 @@ class TrainFolder(Folder):
             mean=source.mean,
             std=source.std,
             image_size=source.shape[1],
+            crop=source.crop,
             metrics={**metrics, "seconds": sum(r.seconds for r in training.history)},
         )
         return path

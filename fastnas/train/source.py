@@ -28,6 +28,7 @@ class Source(Protocol):
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         shape: (C, H, W) of an image.
+        crop: the square that test images were cut to, as a part of the shorter side; 1 where they are taken whole.
         counts: numbers of training and of test images.
         unreadable: paths of images that were left out so far.
     """
@@ -36,6 +37,7 @@ class Source(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shape: tuple[int, int, int]
+    crop: float
     counts: tuple[int, int]
     unreadable: set[str]
 
@@ -44,6 +46,9 @@ class Source(Protocol):
 
     def test(self) -> Iterator[Batch]:
         """Yields all test images."""
+
+    def close(self) -> None:
+        """Ends the processes that read them; the next ones start others."""
 
 
 class MemorySource:
@@ -68,6 +73,7 @@ class MemorySource:
         self.std: tuple[float, ...] = data.std
         channels, height, width = data.images.shape[1:]
         self.shape: tuple[int, int, int] = (channels, height, width)
+        self.crop: float = 1.0
         self.counts: tuple[int, int] = (len(data.images), len(data.test_images))
         self.unreadable: set[str] = set()
         self._data = data.to(device)
@@ -86,6 +92,9 @@ class MemorySource:
         assert self._data.test_labels is not None
         parts = (self._data.test_images, self._data.test_labels)
         return zip(*(torch.split(part, self._batch_size) for part in parts), strict=True)
+
+    def close(self) -> None:
+        """Does nothing: there are no processes."""
 
 
 def _held_out(data: ImageData, portion: float) -> ImageData:
@@ -110,7 +119,7 @@ class FolderSource:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        from fastnas.data.image_folder import MEAN, STD, FolderBatches, ImageFolder
+        from fastnas.data.image_folder import MEAN, STD, TEST_CROP, FolderBatches, ImageFolder
 
         if config.root is None:
             raise ValueError("root is missing: imagefolder needs root=, the folder with train and val")
@@ -119,6 +128,7 @@ class FolderSource:
         self.mean: tuple[float, ...] = MEAN
         self.std: tuple[float, ...] = STD
         self.shape: tuple[int, int, int] = (3, config.image_size, config.image_size)
+        self.crop: float = TEST_CROP
         self.counts: tuple[int, int] = (folder.count("train"), folder.count("val"))
         self.unreadable: set[str] = set()
         self._batches = FolderBatches(
@@ -138,6 +148,10 @@ class FolderSource:
     def test(self) -> Iterator[Batch]:
         """Yields all test images but those that cannot be read."""
         return self._usable(self._batches.test)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches.close()
 
     def _usable(self, read: Callable[[], Iterator[tuple[Tensor, Tensor, list[tuple[str, str]]]]]) -> Iterator[Batch]:
         for images, labels, unreadable in read():

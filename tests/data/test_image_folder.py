@@ -1,14 +1,18 @@
 import dataclasses
 import io
+import multiprocessing
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastnas.data.image_folder import FolderBatches, ImageFolder, centre_box, crop, random_box
-from fastnas.train import TrainConfig, Training
+from fastnas.data.image_folder import FolderBatches, ImageFolder, _defer_signals, centre_box, crop, random_box, upright
+from fastnas.inference import load_model, read_image
+from fastnas.train import TrainConfig, TrainFolder, Training
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning",  # of Python 3.12, at each fork
@@ -84,6 +88,36 @@ def test_crops_depend_on_seed_epoch_and_image_alone(root):
     assert torch.equal(alone[2].images, other[2].images)
 
 
+def test_batches_are_asked_for_one_by_one(root):
+    """An epoch's list of images would take seconds for a large data set."""
+    asked = []
+    batches = (asked.append(i) or torch.tensor([i]) for i in range(8))
+    next(FolderBatches(ImageFolder(root, 32), 1, seed=7).train(batches, 0))
+    assert asked == [0]
+
+
+def _wait(ready):
+    _defer_signals(0)
+    ready.set()
+    while True:
+        time.sleep(1)
+
+
+def test_workers_outlive_one_signal():
+    """The one that a job manager sends to all processes; not those of the main process after it."""
+    processes = multiprocessing.get_context("fork")
+    ready = processes.Event()
+    worker = processes.Process(target=_wait, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    worker.terminate()
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGTERM
+
+
 def test_random_boxes():
     chance = random.Random(0)
     areas = []
@@ -96,7 +130,7 @@ def test_random_boxes():
     assert min(areas) >= 0.079
     assert max(areas) > 0.85
     assert random_box(1000, 10, chance) == pytest.approx((500 - 20 / 3, 0, 500 + 20 / 3, 10))
-    assert centre_box(512, 256) == (144, 16, 368, 240)
+    assert centre_box(512, 256, 7 / 8) == (144, 16, 368, 240)
 
 
 def test_large_jpegs_are_decoded_smaller():
@@ -104,11 +138,33 @@ def test_large_jpegs_are_decoded_smaller():
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "JPEG", quality=95)
     with Image.open(file) as image:
-        shrunk = crop(image, (100, 37, 899, 640), 50)
+        shrunk = crop(upright(image), (100, 37, 899, 640), 50)
         assert image.size == (113, 80)  # an eighth
     expected = Image.fromarray(ramp).convert("RGB").resize((50, 50), Image.Resampling.BILINEAR, box=(100, 37, 899, 640))
     difference = shrunk.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
     assert difference.abs().max() <= 3
+
+
+def test_a_model_predicts_from_what_it_was_tested_on(root, tmp_path):
+    colours = np.random.default_rng(1).integers(0, 99, (90, 70, 3), dtype=np.uint8)
+    colours[:45] += 99
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(colours).save(root / "val" / "cat" / "turned.jpg", exif=turned)
+    Image.fromarray(colours).save(root / "val" / "cat" / "damaged.jpg", dpi=(72, 72), exif=b"Exif\0\0no Exif at all")
+    Image.fromarray(colours[..., 0].astype(np.uint16) << 8).save(root / "val" / "cat" / "deep.png")
+    (root / "val" / "cat" / "._turned.jpg").write_bytes(b"what macOS leaves beside a file")
+    training = Training(config(root, epochs=1))
+    training.run()
+    model = load_model(TrainFolder(tmp_path).finish(training))
+    images = [image for batch in FolderBatches(ImageFolder(root, 32), 3, seed=0).test() for image in batch.images]
+    paths = sorted((root / "val" / "cat").glob("[!.]*")) + sorted((root / "val" / "dog").glob("*"))
+    assert len(paths) == len(images) == 7
+    read = [read_image(path, 3, model.image_size, model.crop) for path in paths]
+    assert all(torch.equal(a, b) for a, b in zip(read, images, strict=True))
+    deep, upright = (images[paths.index(root / "val" / "cat" / name)].float() for name in ("deep.png", "turned.jpg"))
+    assert upright[..., 18:].mean() > upright[..., :14].mean() + 80  # what is above in the file is on the right
+    assert deep.mean() < 150
 
 
 def test_training_resumes_with_other_workers(root):
@@ -120,6 +176,7 @@ def test_training_resumes_with_other_workers(root):
     second = Training(config(root, workers=2))
     second.load_state_dict(first.state_dict())
     second.run()
+    assert not multiprocessing.active_children()
     ours, expected = second.network.state_dict(), whole.network.state_dict()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
@@ -130,7 +187,9 @@ def test_unreadable_images(root):
     (root / "val" / "cat" / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"train/dog/2\.JPEG cannot be read as an image \(.*skip such"):
         Training(config(root)).run()
+    stopped = Training(config(root, batch_size=2))
     training = Training(config(root, skip_corrupt=True, batch_size=2))
+    training.load_state_dict(stopped.state_dict())  # as the message says
     training.run()
     assert {path.rpartition("/")[2] for path in training.source.unreadable} == {"2.JPEG", "1.png"}
     assert training.history[-1].top1 in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)

@@ -24,9 +24,10 @@ def run_folder(tmp_path: Path) -> Path:
     write(tmp_path / "model.pt", trained(NB201, network), NB201, network, **fits)
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
-    for name, mode, shape in (("b.png", "RGB", (20, 40, 3)), ("a.jpg", "L", (16, 16)), ("c.png", "RGBA", (9, 5, 4))):
+    for name, mode, shape in (("b.png", "RGB", (20, 40, 3)), ("a.jpg", "L", (16, 16)), ("c[x].png", "RGBA", (9, 5, 4))):
         Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).convert(mode).save(tmp_path / "images" / name)
-    (tmp_path / "images" / "notes.txt").write_text("no image")
+    for name in ("notes.txt", "._b.png"):
+        (tmp_path / "images" / name).write_text("no image")
     return tmp_path
 
 
@@ -44,7 +45,7 @@ def test_a_folder_as_json_and_as_a_table(run_folder: Path, capsys: pytest.Captur
     folder = run_folder / "images"
     assert main(["predict", str(folder), "--checkpoint", str(run_folder / "model.pt"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [Path(r["image"]).name for r in rows] == ["a.jpg", "b.png", "c.png"]
+    assert [Path(r["image"]).name for r in rows] == ["a.jpg", "b.png", "c[x].png"]
     for row in rows:
         values = [c["probability"] for c in row["classes"]]
         assert values == sorted(values, reverse=True)
@@ -81,6 +82,7 @@ def test_what_cannot_be_read_does_not_stop_the_others(run_folder: Path, capsys: 
         (["--checkpoint", "{}/none.pt"], "none.pt: No such file"),
         (["--checkpoint", "{}/empty"], "empty/model.pt: No such file"),
         (["{}/empty", "--checkpoint", "{}"], "no image in the folder"),
+        (["--checkpoint", "{}", "--device", "tpu9"], "device='tpu9' is no device; use cpu"),
         (["--checkpoint", "{}", "--top", "0"], "top=0: expected a whole number above 0"),
         ([], "checkpoint"),
     ],
@@ -133,4 +135,4 @@ def test_grey_models(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFix
     given = {"classes": "abc", "mean": (0.5,), "std": (0.5,), "image_size": 8, "metrics": {}}
     save_model(tmp_path / "grey.pt", model, genotype=NB201, network=network, **given)
     assert main(["predict", str(run_folder / "images"), "--checkpoint", str(tmp_path / "grey.pt")]) == 0
-    assert "c.png" in capsys.readouterr().out
+    assert "c[x].png" in capsys.readouterr().out

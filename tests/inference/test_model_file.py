@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from fastnas.compat.darts import DARTS_V2, AmoebaNet
-from fastnas.genotype import AnyGenotype, NASBench201Genotype, OneShotGenotype
+from fastnas.genotype import AnyGenotype, ChainGenotype, NASBench201Genotype, OneShotGenotype
 from fastnas.inference import build_network, load_model, save_model
 from fastnas.inference.model_file import VERSION
 
 NB201 = NASBench201Genotype.from_text(
     "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|nor_conv_1x1~1|nor_conv_3x3~2|"
 )
+MACRO = ChainGenotype.from_text("22012102")
 NB101 = OneShotGenotype(("conv3x3-bn-relu", "maxpool3x3"), ((0,), (0, 1), (1, 2)))
 
 
@@ -56,8 +57,9 @@ def write(path: Path, model: nn.Module, genotype: AnyGenotype, network: dict[str
         (AmoebaNet, arguments("darts", stem="imagenet")),
         (NB201, arguments("nb201", layers=1)),
         (NB101, arguments("nb101")),
+        (MACRO, arguments("nb-macro", layers=8)),
     ],
-    ids=["darts", "imagenet", "nb201", "nb101"],
+    ids=["darts", "imagenet", "nb201", "nb101", "nb-macro"],
 )
 def test_what_was_saved_comes_back(tmp_path: Path, genotype: AnyGenotype, network: dict[str, object]) -> None:
     model = trained(genotype, network)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from fastnas.genotype import OneShotGenotype
 from fastnas.train import RECIPES, Recipe, TrainConfig, learning_rate, register_recipe
 
 CELL = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
@@ -106,6 +107,7 @@ def test_learning_rates():
         (CELL, "digits", "digits"),
         ("DARTS_V2", "digits", "digits"),
         ("DARTS_V2", "npz", "cifar"),
+        ("22212202", "digits", "digits"),
         ("DARTS_V2", "imagefolder", "imagenet"),
     ],
 )
@@ -113,9 +115,32 @@ def test_default_recipe(genotype, data, recipe):
     assert TrainConfig(genotype=genotype, data=data).recipe == recipe
 
 
+@pytest.mark.parametrize(
+    ("genotype", "message"),
+    [
+        (OneShotGenotype(("conv1x1-bn-relu",), ((0,), (1,))).to_text(), "of nb101; .* channels=128 and layers=9"),
+        ("22212202", "of nb-macro; .* nb201 with channels=32 and layers=8"),
+        (">".join(["mbconv3_3x3"] * 21), "of proxyless; "),
+        ("mbconv3_3x3>sep_conv_3x3", "genotype is of none of the spaces darts, nb201"),
+    ],
+)
+def test_architectures_without_a_recipe(genotype, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(genotype=genotype, data="cifar10")
+    TrainConfig(genotype=genotype, data="cifar10", recipe="nb201")
+
+
+def test_recipes_do_not_mirror_images_that_they_do_not_know():
+    assert [TrainConfig(genotype="DARTS_V2", data=data, recipe="cifar").flip for data in ("npz", "cifar10")] == [
+        False,
+        True,
+    ]
+    assert TrainConfig(genotype="DARTS_V2", data="npz", flip=True).flip
+
+
 def test_recipe_of_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("recipe: imagenet\nlr: 0.2\njitter: []\n")
+    path.write_text("recipe: imagenet\nlr: 2e-1\njitter: []\n")  # which YAML reads as text
     config = TrainConfig(genotype="DARTS_V2", recipe=str(path), epochs=7)
     assert (config.recipe, config.lr, config.jitter, config.epochs, config.layers) == ("imagenet", 0.2, [], 7, 14)
     assert TrainConfig.from_dict(config.to_dict()) == config  # the file is not needed again
@@ -126,10 +151,14 @@ def test_recipe_of_a_file(tmp_path):
         ("recipe: resnet\n", "recipe 'resnet' is unknown"),
         ("- lr\n", "holds no options"),
         ("lr: [\n", "is no YAML"),
-        ("lr: fast\n", "lr='fast': expected a number"),
+        ("lr: fast\n", r"mine\.yaml: lr='fast': expected a number"),
+        ("lr:\n", r"mine\.yaml: lr=None: expected a number"),
+        ("epochs: ten\n", r"mine\.yaml: epochs='ten': expected a whole number"),
+        ("flip: 1\n", r"mine\.yaml: flip=1: expected true or false"),
+        ("jitter: 0.4\n", r"mine\.yaml: jitter=0\.4: expected a list of numbers"),
     ):
         path.write_text(text)
-        with pytest.raises((ValueError, TypeError), match=message):
+        with pytest.raises(ValueError, match=message):
             TrainConfig(genotype="DARTS_V2", recipe=str(path))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastnas.data import ImageData, normalize
+from fastnas.data import ImageData, augment, normalize
 from fastnas.runs.checkpoint import CheckpointError
 from fastnas.runs.machine import DivergenceError
 from fastnas.train import TrainConfig, TrainFolder, Training
@@ -86,6 +86,19 @@ def test_accumulated_parts_are_a_mean(noise):
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_batches_that_lack_images(noise):
+    """Parts have two images or more, however few could be read; one image alone is no batch."""
+    options = {"genotype": CELL, "data": "npz", "recipe": "nb201", "channels": 4, "layers": 1, "device": "cpu"}
+    training = Training(TrainConfig(**options, batch_size=8, accumulate=4), data=noise)
+    training.network.train()
+    seen = []
+    training.network.register_forward_pre_hook(lambda network, args: seen.append(len(args[0])))
+    for n in (8, 5, 3, 1, 0):
+        training._update(noise.images[:n], noise.labels[:n])
+    assert seen == [2, 2, 2, 2, 3, 2, 3]
+    assert training._totals[2] == 16
+
+
 def test_history(tiny, digits):
     training = Training(tiny, data=digits)
     seen = []
@@ -100,6 +113,19 @@ def test_history(tiny, digits):
     assert last.test_loss == pytest.approx(F.cross_entropy(logits, digits.test_labels).item(), rel=1e-4)
     ranks = (logits.argsort(1, descending=True) == digits.test_labels[:, None]).nonzero()[:, 1]
     assert (last.top1, last.top5) == ((ranks < 1).double().mean().item(), (ranks < 5).double().mean().item())
+
+
+def test_what_is_dropped_does_not_depend_on_what_is_cropped(tiny, digits, monkeypatch):
+    training, seeds = Training(tiny, data=digits), []
+
+    def spy(*args, **kwargs):
+        seeds.append(args[4].initial_seed())
+        return augment(*args, **kwargs)
+
+    monkeypatch.setattr("fastnas.train.loop.augment", spy)
+    training.network.register_forward_pre_hook(lambda network, args: seeds.append(torch.initial_seed()))
+    training.run(on_step=lambda t: t.step == 2 and t.stop())
+    assert len(set(seeds)) == len(seeds) == 4
 
 
 def test_the_same_seed_gives_the_same_bits_and_leaves_chance_alone(tiny, digits):
@@ -145,12 +171,23 @@ def test_checkpoints_of_others(tiny, digits, tmp_path):
     training = Training(tiny, data=digits)
     with pytest.raises(CheckpointError, match=r"of a training with lr=0\.1, this one has lr=0\.2"):
         Training(dataclasses.replace(tiny, lr=0.2), data=digits).load_state_dict(training.state_dict())
+    older = training.state_dict()
+    del older["config"]["lr_decay"]
+    with pytest.raises(CheckpointError, match="from before there was the option lr_decay; resume with the release"):
+        training.load_state_dict(older)
     torch.save({"format": "fastnas search checkpoint", "version": 2, "state": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="is not a checkpoint of a fastnas training"):
         TrainFolder(tmp_path).resume(training)
     (tmp_path / "checkpoint.pt").unlink()
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*; start the training anew"):
         TrainFolder(tmp_path).resume(training)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name in (".checkpoint.pt.123.tmp", ".mine.tmp"):
+        (tmp_path / name).touch()
+    with TrainFolder(tmp_path):
+        assert [p.name for p in tmp_path.iterdir()] == [".mine.tmp"]
 
 
 def test_divergence_is_named_and_never_saved(tiny, digits, tmp_path):
@@ -192,6 +229,12 @@ def test_images_that_do_not_fit(tiny, digits, options, message):
     given = {"genotype": "DARTS_V2", "channels": 4, "layers": 3, "epochs": 1, "device": "cpu", **options}
     with pytest.raises(ValueError, match=message):
         Training(TrainConfig(**given), data=digits)
+
+
+def test_images_are_squares(tiny, digits):
+    narrow = dataclasses.replace(digits, images=digits.images[..., 4:], test_images=digits.test_images[..., 4:])
+    with pytest.raises(ValueError, match="the images are 8x4: crop or pad them to squares"):
+        Training(tiny, data=narrow)
 
 
 def test_size_leaves_the_auxiliary_head_out():
