@@ -1,4 +1,4 @@
-"""Inverted residual blocks (MobileNetV2, arXiv:1801.04381, section 3.3) and the registry of blocks of chains.
+"""Inverted residual blocks (MobileNetV2, arXiv:1801.04381) and the registry of blocks of chains.
 
 Unlike a primitive of :mod:`fastnas.nn.operations`, a block may change the number of channels. One of your own registers
 itself::

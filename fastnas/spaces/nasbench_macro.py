@@ -1,4 +1,4 @@
-"""The space of NAS-Bench-Macro (arXiv:2103.11922, section 4.3 and the benchmark's published code)."""
+"""The space of NAS-Bench-Macro (arXiv:2103.11922, and the benchmark's published code)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The space of ProxylessNAS (arXiv:1812.00332, section 4.2 and the published search script)."""
+"""The space of ProxylessNAS (arXiv:1812.00332, and the published search script)."""
 
 from __future__ import annotations
 

@@ -20,15 +20,17 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Test accuracies in percent, their mean over three runs and its standard deviation (with n in the denominator),
-parameters and multiply-adds; and the file's columns that hold them unless :func:`load` is told others."""
+parameters and multiply-adds; and the file's columns that hold them unless :func:`load` is told others. A file needs not
+have all of them."""
 
 
-def load(path: str | os.PathLike[str], columns: Mapping[str, str] = COLUMNS, key: str = "arch") -> Table:
+def load(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None, key: str = "arch") -> Table:
     """Returns the numbers of the chains in a CSV file, under the names in :data:`COLUMNS`.
 
     Args:
         path: the file, see :meth:`Table.load`.
-        columns: name of a column of the result -> its name in the file.
+        columns: name of a column of the result -> its name in the file; where None, those of :data:`COLUMNS` that the
+            file has.
         key: the column of the file that holds the chains, a digit a layer.
 
     Raises:
@@ -39,4 +41,6 @@ def load(path: str | os.PathLike[str], columns: Mapping[str, str] = COLUMNS, key
     for row in table.rows:
         if len(row) != len(table.rows[0]) or set(row) - set("012"):
             raise ValueError(f"{path}: column {key!r} has {row}: expected {len(table.rows[0])} digits from 0 to 2")
+    if columns is None:
+        columns = {new: old for new, old in COLUMNS.items() if old in table.columns} or COLUMNS
     return table.select(columns)
