@@ -246,8 +246,7 @@ class Search:
         """Tells whether an architecture is any one candidate on each edge."""
         space = self.space
         shape = (len(space.edges), len(space.primitives))
-        allowed: Mapping[str, Tensor] = getattr(space, "allowed", {})
-        if any(alpha.shape != shape for alpha in self.alphas.values()) or not all(t.all() for t in allowed.values()):
+        if allowed(space) or any(alpha.shape != shape for alpha in self.alphas.values()):
             return False
         return all(bool(t.any(1).all()) for t in space.encode(space.sample(self._generator("fair"))).values())
 
