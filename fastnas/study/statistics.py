@@ -237,8 +237,6 @@ def operator_shares(
 ) -> OperatorShares:
     """Returns the share of each operator in groups of architectures, from the best to the worst.
 
-    Architectures of equal value keep the order in which they are given.
-
     Args:
         values: (N,) what they are ranked by, a score or the ground truth.
         ops: N times the operators at an architecture's L places, such as the ``ops`` of its genotype.
@@ -266,11 +264,15 @@ def operator_shares(
         sizes = np.asarray(groups, np.int64)
     if sizes.ndim != 1 or not len(sizes) or sizes.min() < 1 or sizes.sum() > len(v):
         raise ValueError(f"groups={groups} must be groups of 1 or more of the {len(v)} architectures")
-    order = np.argsort(-v, kind="stable")[: sizes.sum()]
+    order = np.argsort(-v, kind="stable")
+    v, chosen = v[order], np.eye(len(names))[table[order]]  # (N, L, O)
+    equal = np.flatnonzero(np.append(True, v[1:] != v[:-1]))  # where those of another value begin
+    counts = np.diff(np.append(equal, len(v)))
+    expected = np.repeat(np.add.reduceat(chosen, equal) / counts[:, None, None], counts, axis=0)[: sizes.sum()]
     starts = np.cumsum(sizes) - sizes
-    chosen = np.eye(len(names))[table[order]]  # (n, L, O)
-    by_place = np.add.reduceat(chosen, starts, axis=0) / sizes[:, None, None]
-    return OperatorShares(names, sizes, np.add.reduceat(v[order], starts) / sizes, by_place.mean(axis=1), by_place)
+    by_place = np.add.reduceat(expected, starts) / sizes[:, None, None]
+    values_of = np.add.reduceat(v[: sizes.sum()], starts) / sizes
+    return OperatorShares(names, sizes, values_of, by_place.mean(axis=1), by_place)
 
 
 def ranking(

@@ -122,6 +122,16 @@ def test_operator_shares_by_hand() -> None:
     assert top.shares == pytest.approx(np.array([[1, 0, 0], [0.25, 0.75, 0]]))
 
 
+@pytest.mark.parametrize("levels", [3, 1])
+def test_operator_shares_are_the_mean_over_every_order(levels: int) -> None:
+    values, _ = draws(6, levels)
+    ops = np.random.default_rng(6).choice(["x", "y", "z"], size=(N, 2))
+    found = operator_shares(values, ops.tolist(), "xyz", (2, 3))
+    for group, chosen in enumerate((slice(2), slice(2, 5))):
+        expected = [np.mean([(ops[list(way[chosen])] == op).mean(0) for way in orders(values)], axis=0) for op in "xyz"]
+        assert found.by_place[group] == pytest.approx(np.stack(expected, axis=1))
+
+
 def test_operator_shares_add_up() -> None:
     random = np.random.default_rng(5)
     ops = random.choice(["x", "y", "z"], size=(103, 4)).tolist()
