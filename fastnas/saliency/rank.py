@@ -191,6 +191,7 @@ def score_all(
     jobs: int = 1,
     threads: int = 1,
     on_score: Callable[[Scored], None] | None = None,
+    first: Callable[[AnyGenotype], str] | None = None,
 ) -> list[Scored]:
     """Returns what a scorer makes of every architecture, in their order; :func:`rank` says the rest.
 
@@ -202,6 +203,7 @@ def score_all(
         jobs: as :func:`rank`.
         threads: as :func:`rank`.
         on_score: as :func:`rank`.
+        first: what the work is sorted by; in the architectures' order where None.
 
     Raises:
         ValueError: as :func:`rank`, and what the scorer raises.
@@ -214,14 +216,17 @@ def score_all(
         for row in rows:
             if on_score is not None:
                 on_score(row)
-        work = [(i, genotypes[i]) for i in range(len(rows), len(genotypes))]
+        done = {row.index for row in rows}
+        work = [(i, genotype) for i, genotype in enumerate(genotypes) if i not in done]
+        if first is not None:
+            work.sort(key=lambda item: first(item[1]))
         jobs = min(jobs, len(work) or 1)
         for row in _serial(make, threads, work) if jobs == 1 else _parallel(make, threads, work, jobs):
             log.append(row)
             rows.append(row)
             if on_score is not None:
                 on_score(row)
-    return rows
+    return sorted(rows, key=lambda row: row.index)
 
 
 def sample(space: Space, count: int | None, seed: int = 0) -> list[AnyGenotype]:
@@ -379,10 +384,14 @@ def _read_rows(path: Path, content: bytes, texts: Sequence[str]) -> list[Scored]
         rows = [Scored(int(i), text, float(value), float(seconds)) for i, text, value, seconds in lines]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error}): choose another folder, or remove it") from None
-    rows = rows[: len(texts)]
-    for n, (row, text) in enumerate(zip(rows, texts, strict=False)):
-        if row.index != n or row.architecture != text:
-            raise ValueError(f"{path}: row {n} is of {row.architecture}, not of {text}: choose another folder")
+    if len({row.index for row in rows}) < len(rows):
+        raise ValueError(f"{path} is damaged (an architecture has two rows): choose another folder, or remove it")
+    rows = [row for row in rows if row.index < len(texts)]
+    for row in rows:
+        if row.index < 0 or row.architecture != texts[row.index]:
+            raise ValueError(
+                f"{path}: row {row.index} is of {row.architecture}, not of {texts[row.index]}: choose another folder"
+            )
     return rows
 
 

@@ -56,7 +56,8 @@ class Subnets:
 
     What subnets have in common is computed once: the stem, and in a space of chains all layers up to the first in which
     a subnet differs from the one before, so those should come in an order in which such beginnings repeat. Neither
-    changes the accuracy.
+    changes the accuracy. For the latter, what each layer but the last gives for all of the images is kept: a chain of
+    NAS-Bench-Macro takes 256 KiB an image of 32x32.
 
     Args:
         space: the space.
@@ -64,6 +65,7 @@ class Subnets:
         images: what the subnets are evaluated on, on the supernet's device.
         bn: one of :data:`BN_MODES`.
         training: batches of training images, for ``recalibrated`` and for the fine-tuning.
+        calibration: how many of them ``recalibrated`` shows each subnet; all where None.
         finetuning: of each subnet by itself; None is none.
         amp: as the search's option.
 
@@ -79,6 +81,7 @@ class Subnets:
         bn: str = "batch",
         *,
         training: Images = (),
+        calibration: int | None = None,
         finetuning: Finetuning | None = None,
         amp: str = "none",
     ) -> None:
@@ -92,6 +95,7 @@ class Subnets:
         self._net.requires_grad_(bool(self._finetuning.batches))
         self._norms = [m for m in self._net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._images, self._training = list(images), list(training)
+        self._calibrating = self._training[:calibration]
         for norm in self._norms:
             if bn == "batch":
                 norm.track_running_stats = False  # which may stay as they are
@@ -114,7 +118,7 @@ class Subnets:
             for module in stem.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.reset_running_stats()
-            self._training = [(self._cast(stem, x), y) for x, y in self._training]
+            self._calibrating = [(self._cast(stem, x), y) for x, y in self._calibrating]
             stem.eval()
         self._images = [(self._cast(stem, x), y) for x, y in self._images]
         self._net.stem = nn.Identity()
@@ -139,7 +143,7 @@ class Subnets:
             for norm in self._norms:
                 norm.reset_running_stats()
             self._net.train()
-            for x, _ in self._training:
+            for x, _ in self._calibrating:
                 self._cast(self._net, x, **arguments)
             self._net.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self._images[0][1].device)
@@ -208,7 +212,8 @@ class Subnets:
         for n in range(how.batches):
             x, labels = self._training[n % len(self._training)]
             optimizer.zero_grad()
-            F.cross_entropy(self._cast(self._net, x, **arguments), labels).backward()  # type: ignore[no-untyped-call]
+            logits = self._cast(self._net, x, **arguments).float()
+            F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
             if how.clip:
                 nn.utils.clip_grad_norm_(parameters, how.clip)
             optimizer.step()  # off the path there are no gradients, and nothing decays
@@ -219,7 +224,7 @@ class Subnets:
         dtype = AMP[self._amp]
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             y: Tensor = module(x, **arguments)
-        return y.float()
+        return y
 
 
 def _pass(x: Tensor, *rest: object) -> Tensor:
@@ -239,6 +244,7 @@ class SubnetJob:
         training: The same for :class:`Subnets`' training batches; may be empty.
         batch_sizes: Images in a batch of each.
         bn: One of :data:`BN_MODES`.
+        calibration: As :class:`Subnets` takes it.
         finetuning: Of each subnet by itself.
         device: Where to run.
         amp: As the search's option.
@@ -251,6 +257,7 @@ class SubnetJob:
     training: tuple[Any, Any]
     batch_sizes: tuple[int, int]
     bn: str
+    calibration: int
     finetuning: Finetuning
     device: str = "cpu"
     amp: str = "none"
@@ -270,6 +277,7 @@ class SubnetJob:
             images,
             self.bn,
             training=training,
+            calibration=self.calibration,
             finetuning=self.finetuning,
             amp=self.amp,
         )

@@ -27,11 +27,11 @@ def made(name: str, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, y
 
 
-def by_hand(name: str, net: nn.Module, genotype, images, bn: str, training) -> float:
+def by_hand(name: str, net: nn.Module, genotype, images, bn: str, training, amp: bool = False) -> float:
     """The same without anything shared."""
     net, space = copy.deepcopy(net), get_space(name)
     arguments = subnet_arguments(space, net, genotype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         if bn == "recalibrated":
             for norm in net.modules():
                 if isinstance(norm, nn.BatchNorm2d):
@@ -56,6 +56,30 @@ def test_accuracies_are_those_of_the_supernet_itself(name: str, bn: str) -> None
     for genotype in sample(get_space(name), 2, 2):
         assert subnets.accuracy(genotype) == by_hand(name, net, genotype, images, bn, training)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("bn", ["batch", "recalibrated"])
+def test_low_precision_is_that_of_the_whole_network(bn: str) -> None:
+    net, x, y = made("nb201")
+    images = batches(x, y, 11, CPU)
+    subnets = Subnets(get_space("nb201"), net, images, bn, training=images, amp="bf16")
+    dtypes = []
+    subnets._net.register_forward_pre_hook(lambda module, given: dtypes.append(given[0].dtype))
+    for genotype in sample(get_space("nb201"), 3, 2):
+        assert subnets.accuracy(genotype) == by_hand("nb201", net, genotype, images, bn, images, amp=True)
+    assert set(dtypes) == {torch.bfloat16}, "what the stem gives"
+
+
+@pytest.mark.parametrize("finetuning", [None, Finetuning(1, lr=0.0, weight_decay=0.0)])
+def test_recalibration_sees_no_more_batches_than_it_is_told(finetuning: Finetuning | None) -> None:
+    net, x, y = made("nb201")
+    images, training = batches(x, y, 11, CPU), batches(3 * x.flip(0) - 1, y.flip(0), 7, CPU)
+    space = get_space("nb201")
+    subnets = Subnets(space, net, images, "recalibrated", training=training, calibration=1, finetuning=finetuning)
+    genotypes = sample(space, 4, 2)
+    found = [subnets.accuracy(g) for g in genotypes]
+    assert found == [by_hand("nb201", net, g, images, "recalibrated", training[:1]) for g in genotypes]
+    assert found != [by_hand("nb201", net, g, images, "recalibrated", training) for g in genotypes]
 
 
 def test_the_modes_differ() -> None:
@@ -94,13 +118,17 @@ def test_a_job_runs_what_a_snapshot_holds(tmp_path: Path) -> None:
     space, genotypes = get_space("nb201"), sample(get_space("nb201"), 3)
     data = (x.numpy(), y.numpy())
     job = SubnetJob(
-        space, tmp_path / "supernet.pt", SIZES["nb201"], data, data, (11, 7), "recalibrated", Finetuning(), "cpu"
+        *(space, tmp_path / "supernet.pt", SIZES["nb201"], data, data, (11, 7)),
+        *("recalibrated", 4, Finetuning(), "cpu"),
     )
     rows = score_all(job, genotypes, {"of": 1}, folder=tmp_path)
     expected = Subnets(space, net, batches(x, y, 11, CPU), "recalibrated", training=batches(x, y, 7, CPU))
     assert [r.score for r in rows] == [expected.accuracy(g) for g in genotypes]
-    again = score_all(job, genotypes, {"of": 1}, folder=tmp_path)
-    assert [r.score for r in again] == [r.score for r in rows]
+    more = [*genotypes, *sample(space, 5)[:2:-1]]
+    again = score_all(job, more, {"of": 1}, folder=tmp_path, first=lambda genotype: genotype.to_text())
+    assert [r.architecture for r in again] == [g.to_text() for g in more]
+    assert [r.score for r in again] == [expected.accuracy(g) for g in more]
+    assert again[:3] == rows, "which were there"
     with pytest.raises(ValueError, match="of=1, not 2"):
         score_all(job, genotypes, {"of": 2}, folder=tmp_path)
 
