@@ -23,6 +23,7 @@ from fastnas.commands._common import (
     option_names,
     progress,
     show_value,
+    stop_on_signal,
 )
 from fastnas.data import DATASETS
 from fastnas.runs.machine import AMP
@@ -96,9 +97,16 @@ def run(namespace: Namespace, again: Again) -> int:
             f"validation {record.valid_accuracy:.1%}  {record.seconds:.1f} s"
         )
 
+    @contextmanager
+    def training(search: Search) -> Iterator[None]:
+        with stop_on_signal(search.stop) as signals:
+            yield
+        if signals:
+            raise Interrupted(signals[0])
+
     try:
         with interruptible():
-            study(options, folder, progress=shown, on_epoch=on_epoch)
+            study(options, folder, progress=shown, on_epoch=on_epoch, training=training)
     except Interrupted as stop:
         out.print("stopped; the same command goes on from there")
         return 128 + stop.number

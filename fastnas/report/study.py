@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from .curves import BLUE, GREEN, ORANGE, PURPLE, Band, Line, curves_svg
 from .operators import operators_figure
 from .page import Numbers, _course, _embedded, _number, _Picture, _read_metrics, _render, _rounded, _Section, _shown
 from .scatter import scatter_figure
-from .style import SLATE
+from .style import INK, SLATE
 
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 _SCATTERS = 12  # at most so many pictures of points
@@ -132,8 +133,9 @@ _OPERATORS = (
     "the last snapshot; and at each place of the best tenth."
 )
 _PRUNING = (
-    "Supernets trained in search spaces that lack the worst architectures by some verdict, over the part that is kept. "
-    "Random search is the expectation of the best of ten, of the whole space and of the pruned ones."
+    "Supernets trained in search spaces that lack the worst of the studied architectures by some verdict, over the "
+    "part that is kept; at 1 a supernet trained on all of them. Where the space has more than those, that of the whole "
+    "space is a line by itself. Random search is the expected best of ten, of all studied and of pruned spaces."
 )
 
 
@@ -211,6 +213,18 @@ def _finding(study: _Study, draw: _Pictures) -> list[_Picture]:
     lines = _by_mode(study, "bottom_recall")
     lines.append(Line("chance", study.series("bottom_chance", bn), SLATE, dashed=True))
     pictures += draw("Part of the worst tenth that it ranks in the last tenth", study.epochs, lines, percent=True)
+    bottom = _read_table(study.path / "bottom.csv")
+    if bottom:
+        found = _where(bottom, by="supernet", epoch=f"{study.epochs[-1]:g}", bn=bn)
+        chance = _where(bottom, by="random")
+        lines = [
+            Line("of the worst tenth, among the last k", _numbers(found, "recall"), BLUE),
+            Line("of the last k, from the worst tenth", _numbers(found, "precision"), ORANGE),
+            Line("chance", _numbers(chance, "recall"), BLUE, dashed=True),
+            Line("chance", _numbers(chance, "precision"), ORANGE, dashed=True),
+        ]
+        x = _numbers(found, "k")
+        pictures += draw(f"The last k, bn {bn}", x, lines, percent=True, xlabel="k", xlog=True)
     return pictures
 
 
@@ -288,8 +302,10 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
     table = study.pruning
     if "prune" not in table:
         return []
-    kinds = [kind for kind in dict.fromkeys(table["prune"]) if kind != "none"]
-    x = np.unique(_numbers(table, "keep"))
+    kinds = [kind for kind in dict.fromkeys(table["prune"]) if kind not in _UNPRUNED]
+    keep = _numbers(table, "keep")
+    x = np.unique(keep[np.isfinite(keep)])
+    space = _where(table, prune="space")
     pictures = []
 
     def values(kind: str, name: str) -> Numbers:
@@ -309,6 +325,8 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
             ]
             whole = np.full(len(x), _numbers(table, "random10_whole")[0])
             lines.append(Line("random, all", whole, SLATE, dashed=True))
+        if space["prune"]:
+            lines.append(Line("whole space", np.full(len(x), _numbers(space, name)[0]), INK, dashed=True))
         pictures += draw(caption, x, lines, percent=percent, xlabel=_KEPT, xlog=True)
     return pictures
 
@@ -331,21 +349,24 @@ _COMPARED = {
     "supernet_mean": "Average accuracy of the subnets",
     "supernet_best": "Best accuracy of a subnet",
 }
+_AGREEMENT = ("agreement", "Spearman’s ρ of the supernets of two seeds")
 _PRUNED = {
     "top10": ("Ground truth of the best of the supernet’s first 10", False),
     "spearman": ("Spearman’s ρ", False),
     "supernet_mean": ("Average accuracy of the subnets", True),
     "supernet_best": ("Best accuracy of a subnet", True),
 }
-_KEPT = "part of the architectures that is kept"
+_KEPT = "part of the studied architectures that is kept"
+_UNPRUNED = ("none", "space")  # what pruning.csv calls all of the studied architectures, and all of the space
 _ALIKE = {"seed", "made_by", "jobs", "threads", "device", "root", "table"}
 
 
 def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]) -> Path:
     """Returns the path of `report.html` in `folder`, one page that shows several studies side by side.
 
-    Studies whose options differ in nothing but the seed are one: mean and standard deviation over them. The numbers are
-    in `compare.csv` beside it, those of pruned spaces in `compare_pruning.csv`.
+    Studies whose options differ in nothing but the seed are one: mean and standard deviation over them, and how far
+    their supernets agree with each other. A folder that is given twice counts once. The numbers are in `compare.csv`
+    beside it, those of pruned spaces in `compare_pruning.csv`.
 
     Args:
         folders: of the studies.
@@ -356,7 +377,8 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
         ValueError: where a file is damaged; the message names it.
         OSError: where a file cannot be read or written.
     """
-    groups = _groups([_read(Path(path)) for path in folders])
+    different = {Path(path).resolve(): Path(path) for path in folders}.values()
+    groups = _groups([_read(path) for path in different])
     draw = _Pictures()
     rows = [row for label, studies in groups.items() for row in _compared(label, studies)]
     folder = Path(folder)
@@ -367,7 +389,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
         _write_rows(folder / "compare_pruning.csv", pruned)
     x = np.unique([_number(str(row["epoch"])) for row in rows])
     pictures = []
-    for name, caption in _COMPARED.items():
+    for name, caption in (*_COMPARED.items(), _AGREEMENT):
         lines, bands = [], []
         for n, (label, bn) in enumerate(dict.fromkeys((row["study"], row["bn"]) for row in rows)):
             found = {_number(str(r["epoch"])): r for r in rows if (r["study"], r["bn"]) == (label, bn)}
@@ -391,7 +413,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
     ]
     first = next(iter(groups.values()))[0].options
     facts = [
-        ("Studies", str(len(groups)), f"{len(folders)} folders"),
+        ("Studies", str(len(groups)), f"{len(different)} folders"),
         ("Seeds", ", ".join(str(len(g)) for g in groups.values()), "of each study"),
     ]
     return _render(
@@ -425,6 +447,7 @@ def _compared(label: str, studies: Sequence[_Study]) -> list[dict[str, object]]:
             row: dict[str, object] = {"study": label, "bn": bn, "epoch": f"{epoch:g}", "seeds": len(studies)}
             for name in _COMPARED:
                 row |= _over_seeds(name, [study.series(name, bn)[t] for study in studies])
+            row |= _over_seeds(_AGREEMENT[0], _agreements(studies, f"epoch{epoch:g}_{bn}"))
             rows.append(row)
     return rows
 
@@ -442,13 +465,27 @@ def _compared_pruning(label: str, studies: Sequence[_Study]) -> list[dict[str, o
     return rows
 
 
-def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float]:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {f"{name}_mean": float(np.mean(values)), f"{name}_std": std}
+def _agreements(studies: Sequence[_Study], column: str) -> list[float]:
+    """Returns Spearman's ρ of the subnets' accuracies for each two studies; none where their architectures differ."""
+    from scipy.stats import rankdata
+
+    tables = [_read_table(study.path / "subnets.csv") for study in studies]
+    if any(column not in table or table["architecture"] != tables[0]["architecture"] for table in tables):
+        return []
+    ranks = [rankdata(_numbers(table, column)) for table in tables]
+    return [float(np.corrcoef(a, b)[0, 1]) for a, b in itertools.combinations(ranks, 2) if np.ptp(a) and np.ptp(b)]
+
+
+def _over_seeds(name: str, values: Sequence[float]) -> dict[str, float | str]:
+    """Returns mean and standard deviation, empty where there are not enough numbers."""
+    there = [value for value in values if not math.isnan(value)]
+    std = float(np.std(there, ddof=1)) if len(there) > 1 else ""
+    return {f"{name}_mean": float(np.mean(there)) if there else "", f"{name}_std": std}
 
 
 def _compare_pruning(rows: Sequence[Mapping[str, object]], draw: _Pictures) -> list[_Picture]:
     """Returns the pictures of pruned spaces, a line a study and a verdict; all of the architectures is part 1."""
+    rows = [row for row in rows if row["prune"] != "space"]
     x = np.unique([_number(str(row["keep"])) for row in rows])
     named = [pair for pair in dict.fromkeys((row["study"], row["prune"]) for row in rows) if pair[1] != "none"]
     pictures = []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastnas.genotype import AnyGenotype, Genotype, OneShotGenotype, parse_genotype
+from fastnas.saliency.rank import sample
 from fastnas.spaces import Space
 from fastnas.tabular import Table
 from fastnas.tabular.nasbench301 import parse_cells
@@ -19,7 +22,7 @@ _FAILURES = 20_000  # draws one after another that are nothing new, until the sp
 
 @dataclass(frozen=True)
 class Known:
-    """Architectures of known worth, in an order that does not depend on how many there are.
+    """Architectures of known worth, in the order in which they are drawn.
 
     Attributes:
         genotypes: The architectures, all different.
@@ -34,9 +37,7 @@ def known(space: Space, table: Table, column: str, count: int | None, seed: int 
     """Returns random architectures of a space that a table knows, or all of them.
 
     They are drawn from the space where the table has most of it, or has graphs that a space writes in several ways, and
-    else from the table's rows. A larger count begins
-    with the architectures of a smaller one of the same seed. In a space of chains they are then sorted, as
-    :class:`~fastnas.study.evaluation.Subnets` likes it.
+    else from the table's rows. A larger count begins with the architectures of a smaller one of the same seed.
 
     Args:
         space: the space.
@@ -47,42 +48,44 @@ def known(space: Space, table: Table, column: str, count: int | None, seed: int 
         errors: the column has errors as parts of 1, and the worth is 100 (1 - error).
 
     Raises:
-        ValueError: where the table has no such column, architectures of another space, or fewer than ``count``.
+        ValueError: where the table has no such column, a number in it that is not finite, architectures of another
+            space, or fewer than ``count``; and for all of a space that cannot be listed.
     """
     worth = _worth(table, column, errors)
     generator = torch.Generator().manual_seed(seed)
     probes = [_key(space.sample(generator)) in worth for _ in range(_PROBES)]
-    whole = list(getattr(space, "all", list)()) if count is None else []
+    found: Iterable[AnyGenotype]
     if 2 * sum(probes) < _PROBES and not isinstance(_parsed(table.rows[0]), OneShotGenotype):
         rows = [row for row in map(_parsed, table.rows) if _belongs(space, row)]
         if not rows:
             raise ValueError(f"the table has no architecture of the space {space.name}: {table.rows[0]}")
         order = torch.randperm(len(rows), generator=generator).tolist()
-        found = [rows[n] for n in order if _key(rows[n]) in worth][:count]
-    elif count is None:
-        found = [g for g in whole if _key(g) in worth]
+        found = (rows[n] for n in order if _key(rows[n]) in worth)
     else:
-        chosen: dict[str, AnyGenotype] = {}
-        failures = 0
-        while len(chosen) < count and failures < _FAILURES:
-            genotype = space.sample(generator)
-            new = _key(genotype) in worth and genotype.to_text() not in chosen
-            failures = 0 if new else failures + 1
-            if new:
-                chosen[genotype.to_text()] = genotype
-        found = list(chosen.values())
-    if len(found) < (count or 1):
+        found = sample(space, None) if count is None else (space.sample(generator) for _ in itertools.count())
+    chosen: dict[str, AnyGenotype] = {}
+    failures = 0
+    for genotype in found:
+        if len(chosen) == count or failures == _FAILURES:
+            break
+        key = _key(genotype)
+        new = key in worth and key not in chosen
+        failures = 0 if new or count is None else failures + 1
+        if new:
+            chosen[key] = genotype
+    if len(chosen) < (count or 1):
         raise ValueError(
-            f"sample={count or 'all'}: the table knows {len(found)} architectures of the space {space.name}"
+            f"sample={count or 'all'}: the table knows {len(chosen)} architectures of the space {space.name}"
         )
-    if len(space.cell_types) == 1 and space.cell_types[0] == "chain":
-        found.sort(key=lambda genotype: genotype.to_text())
-    return Known(found, [worth[_key(g)] for g in found])
+    return Known(list(chosen.values()), [worth[key] for key in chosen])
 
 
 def _worth(table: Table, column: str, errors: bool) -> dict[str, float]:
     values = table.column(column)
-    found = {_key(_parsed(row)): float(v) for row, v in zip(table.rows, values, strict=True) if not math.isnan(v)}
+    if np.isinf(values).any():
+        raise ValueError(f"column={column!r}: {table.rows[np.isinf(values).argmax()]} has a worth that is not finite")
+    # a table's graphs are canonical already
+    found = {_parsed(row).to_text(): float(v) for row, v in zip(table.rows, values, strict=True) if not math.isnan(v)}
     return {key: 100 * (1 - value) for key, value in found.items()} if errors else found
 
 
@@ -127,9 +130,8 @@ def places(space: Space, genotype: AnyGenotype) -> list[str]:
     return [f"{j} to {i}" for i, j in space.edges]
 
 
-def best(values: Mapping[str, float], part: float) -> list[str]:
-    """Returns the best part of some architectures, in their order; at least three. Of equals the first are kept."""
-    count = max(3, round(part * len(values)))
-    names = sorted(values, key=lambda name: -values[name] if not math.isnan(values[name]) else math.inf)[:count]
-    chosen = set(names)
-    return [name for name in values if name in chosen]
+def best(values: Sequence[float], part: float, seed: int = 0) -> list[int]:
+    """Returns the indices of the best part of some values, ascending. Which of equals are kept, chance decides."""
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).tolist()
+    order.sort(key=lambda n: math.inf if math.isnan(values[n]) else -values[n])
+    return sorted(order[: round(part * len(values))])

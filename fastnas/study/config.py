@@ -15,7 +15,7 @@ PRUNINGS = ("optimistic", "random", "supernet")
 """What the worst architectures can be removed by, beside the scores of networks: the ground truth, nothing, or the
 supernet of the whole space."""
 
-# As the authors of arXiv:2010.08219 trained theirs (settings of AceNAS, arXiv:2108.03001).
+# What AceNAS (arXiv:2108.03001), by some of the authors of arXiv:2010.08219, trained its supernets with.
 _PUBLISHED = {"batch_size": 192, "epochs": 600, "lr": 0.05, "lr_min": 0.0, "weight_decay": 1e-4, "nesterov": False}
 _SPACES = {"darts": {"batch_size": 128}, "darts-7": {"batch_size": 128}}
 
@@ -30,19 +30,22 @@ class StudyOptions:
         root: Where its files are: see fastnas search --help.
         table: A CSV file, gzipped or not, with what architectures are worth, one a row: the ground truth.
         key: The table's column of architectures.
-        column: The table's column that is the ground truth.
+        column: The table's column that is the ground truth; of nb-macro's, cifar10-test.
         errors: The column has errors, as parts of 1: the ground truth is then 100 (1 - error).
         sample: How many architectures of the table are studied, drawn at random; or all.
+        sample_seed: Fixes which, and which of equal ones pruned spaces keep. Studies with other seeds have the same.
         checkpoints: Epochs after which the supernet is studied, such as 1,5,10; 0 is before the first. Empty: the last.
         bn: Whose batch norm statistics subnets are evaluated with, one or several of batch, recalibrated and inherited,
             separated by commas.
         images: Validation images that each subnet is evaluated on; fewer where there are not as many.
         image_batch: Images in a batch of those: what bn=batch takes statistics of.
         calibration: Training batches that bn=recalibrated shows each subnet.
-        finetune: Training batches that each subnet is trained on by itself before it is evaluated; 0 is none.
+        finetune: Training batches that each subnet is trained on by itself before it is evaluated; 0 is none. Several,
+            such as 0,20, are compared.
         finetune_lr: Learning rate of that training.
         prune: What search spaces are pruned by, one or several, separated by commas: optimistic, the ground truth;
-            random, by chance; supernet, what that of the whole space says; or a score of fastnas rank. Empty: none.
+            random, by chance; supernet, what that of the whole space says in the first mode; or a score of fastnas
+            rank. Empty: none.
         keep: The parts of the studied architectures that pruned spaces keep, such as 0.5,0.25,0.1.
         channels: Channels of the first cell.
         layers: Cells of the supernet, as the space counts them.
@@ -56,7 +59,7 @@ class StudyOptions:
         paths: Architectures that a step averages the gradients of.
         fair: A step averages over as many paths as there are candidates, each candidate once (FairNAS).
         amp: bf16 runs the supernet under autocast in bfloat16; none in float32.
-        seed: Fixes every random choice.
+        seed: Fixes every other random choice.
         device: Where to run: cpu, cuda, cuda:1 ..., or auto for the GPU where there is one.
         jobs: Processes that evaluate at the same time. They do not change the accuracies.
         threads: CPU threads of torch in each, and in training.
@@ -70,12 +73,13 @@ class StudyOptions:
     column: str = "c10_test_e200"
     errors: bool = False
     sample: str = "1000"
+    sample_seed: int = 0
     checkpoints: str = ""
     bn: str = "batch"
     images: int = 1000
     image_batch: int = 250
     calibration: int = 20
-    finetune: int = 0
+    finetune: str = "0"
     finetune_lr: float = 0.01
     prune: str = ""
     keep: str = "0.5,0.25,0.1"
@@ -102,16 +106,16 @@ class StudyOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(names)}")
         if self.sample != "all" and not (self.sample.isdecimal() and int(self.sample) >= 3):
             raise ValueError(f"sample={self.sample!r}: expected a whole number of at least 3, or all")
-        for name, least in (("images", 1), ("image_batch", 2), ("calibration", 1), ("finetune", 0), ("jobs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least {least}")
-        if self.threads < 1:
-            raise ValueError(f"threads={self.threads}: expected a whole number of at least 1")
+        least = {"images": 1, "image_batch": 2, "calibration": 1, "jobs": 1, "threads": 1, "seed": 0, "sample_seed": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number of at least {number}")
         if self.finetune_lr <= 0:
             raise ValueError(f"finetune_lr={self.finetune_lr}: expected a number above 0")
-        unknown = [mode for mode in self.modes if mode not in BN_MODES]
-        if unknown or not self.modes:
+        if not _words(self.bn) or not set(_words(self.bn)) <= set(BN_MODES):
             raise ValueError(f"bn={self.bn!r}: expected {', '.join(BN_MODES)}, or several of them")
+        if not _numbers("finetune", self.finetune):
+            raise ValueError(f"finetune={self.finetune!r}: expected one or several whole numbers; 0 is none")
         config = self.search()
         for field in fields(self):
             if getattr(self, field.name) is PRESET and field.name not in ("root", "table"):
@@ -125,21 +129,28 @@ class StudyOptions:
                 raise ValueError(f"prune={self.prune!r}: expected some of {', '.join(known)}")
         if self.prunings and self.fair:
             raise ValueError("fair=True with prune: pruned spaces have not every choice; leave one of them out")
-        if self.prunings and not all(0 < part < 1 for part in self.parts_kept):
+        if self.prunings and not (self.parts_kept and all(0 < part < 1 for part in self.parts_kept)):
             raise ValueError(f"keep={self.keep!r}: expected parts between 0 and 1, such as 0.5,0.25,0.1")
 
     @property
-    def modes(self) -> tuple[str, ...]:
-        """The options' ``bn``, one by one; the first is what a supernet's verdict is taken from."""
-        return _words(self.bn)
+    def modes(self) -> dict[str, tuple[str, Finetuning]]:
+        """How subnets are evaluated: each of ``bn`` with each of ``finetune``, by names such as batch and batch+20.
+
+        The first is what a supernet's verdict is taken from.
+        """
+        return {
+            f"{bn}+{n}" if n else bn: (
+                bn,
+                Finetuning(n, self.finetune_lr, weight_decay=self.weight_decay, clip=self.clip) if n else Finetuning(),
+            )
+            for bn in _words(self.bn)
+            for n in _numbers("finetune", self.finetune)
+        }
 
     @property
     def epochs_studied(self) -> tuple[int, ...]:
         """The options' ``checkpoints``, ascending."""
-        words = _words(self.checkpoints) or (str(self.epochs),)
-        if not all(word.isdecimal() for word in words):
-            raise ValueError(f"checkpoints={self.checkpoints!r}: expected epochs, such as 1,5,10")
-        return tuple(sorted({int(word) for word in words}))
+        return _numbers("checkpoints", self.checkpoints) or (self.epochs,)
 
     @property
     def prunings(self) -> tuple[str, ...]:
@@ -153,11 +164,6 @@ class StudyOptions:
             return tuple(sorted({float(word) for word in _words(self.keep)}, reverse=True))
         except ValueError:
             raise ValueError(f"keep={self.keep!r}: expected parts between 0 and 1, such as 0.5,0.25,0.1") from None
-
-    @property
-    def finetuning(self) -> Finetuning:
-        """What a subnet is trained by before it is evaluated."""
-        return Finetuning(self.finetune, self.finetune_lr, weight_decay=self.weight_decay, clip=self.clip)
 
     def search(self) -> SearchConfig:
         """Returns the options of the search that trains the supernet: single paths, and no alphas.
@@ -173,6 +179,14 @@ class StudyOptions:
         values.pop("table", None)  # which the study looks things up in
         values |= {"method": "random-ws", "candidates": 1, "discrete": False}
         return SearchConfig(**values)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """Returns the whole numbers in a text, ascending."""
+    words = _words(text)
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{name}={text!r}: expected whole numbers, such as 0,5,20")
+    return tuple(sorted({int(word) for word in words}))
 
 
 def _words(text: str) -> tuple[str, ...]:

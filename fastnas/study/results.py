@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,10 @@ Row = dict[str, object]
 _TOP = (1, 10)
 _WORST = 0.1
 _GROUPS = 10
+_PRUNED = (  # what pruning.csv has of a summary
+    *("epoch", "bn", "count", "top10", "spearman", "spearman_low", "spearman_high", "kendall"),
+    *("supernet_mean", "supernet_best", "truth_mean", "bottom_recall"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Snapshot:
 
     Attributes:
         epoch: Epochs that it had been trained for.
-        bn: Whose statistics normalised the subnets.
+        bn: The mode: whose statistics normalised the subnets, and what they were fine-tuned by.
         accuracies: One an architecture, 0 to 1.
     """
 
@@ -54,9 +58,15 @@ class Studied:
     sizes: dict[str, list[float]]
     snapshots: list[Snapshot]
 
+    @property
+    def verdict(self) -> Snapshot:
+        """The last snapshot, in the first mode."""
+        last = self.snapshots[-1].epoch
+        return next(s for s in self.snapshots if s.epoch == last)
 
-def write_results(folder: Path, space: Space, options: StudyOptions, studied: Studied) -> None:
-    """Writes ``subnets.csv``, ``summary.csv``, ``summary.json``, ``top.csv`` and ``operators.csv``."""
+
+def write_results(folder: Path, space: Space, options: StudyOptions, studied: Studied) -> list[Row]:
+    """Returns the rows of ``summary.csv``, which it writes, and beside it ``summary.json`` and the other tables."""
     _write_csv(folder / "subnets.csv", _subnets(studied))
     rows = summary(studied, options.seed)
     _write_csv(folder / "summary.csv", rows)
@@ -74,7 +84,9 @@ def write_results(folder: Path, space: Space, options: StudyOptions, studied: St
     }
     write_text(folder / "summary.json", json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
     _write_csv(folder / "top.csv", _top_curves(studied))
+    _write_csv(folder / "bottom.csv", _bottom_curves(studied))
     _write_csv(folder / "operators.csv", _operators(space, studied))
+    return rows
 
 
 def summary(studied: Studied, seed: int = 0) -> list[Row]:
@@ -113,39 +125,24 @@ def summary(studied: Studied, seed: int = 0) -> list[Row]:
     return rows
 
 
-def pruning_row(kind: str, part: float, studied: Studied, whole: Studied) -> Row:
+def pruning_row(kind: str, part: float, rows: Sequence[Row], truth: Sequence[float], whole: Sequence[Row]) -> Row:
     """Returns what the last snapshot of a supernet says of a pruned space.
 
     Args:
         kind: what it was pruned by.
         part: the part of the architectures that it keeps.
-        studied: the pruned space's.
-        whole: the whole space's, which random search is of.
+        rows: the summary of its supernet.
+        truth: what its architectures are worth.
+        whole: the summary of the supernet of the whole space, of all studied architectures.
     """
-    last = max(snapshot.epoch for snapshot in studied.snapshots)
-    snapshot = next(s for s in studied.snapshots if s.epoch == last)
-    truth, accuracies = np.asarray(studied.of.truth), np.asarray(snapshot.accuracies)
-    everything = np.asarray(whole.of.truth)
-    k = min(_TOP[-1], len(truth))
-    found = correlate(accuracies, truth)
+    row = next(row for row in rows if row["epoch"] == rows[-1]["epoch"])  # the first mode
     return {
         "prune": kind,
         "keep": part,
-        "epoch": last,
-        "bn": snapshot.bn,
-        "count": len(truth),
-        "top10": float(top_k(accuracies, truth, k)[0]),
-        "random10_pruned": float(random_top_k(truth, k).mean[0]),
-        "random10_whole": float(random_top_k(everything, min(_TOP[-1], len(everything))).mean[0]),
-        "spearman": found.spearman.value,
-        "spearman_low": found.spearman.low,
-        "spearman_high": found.spearman.high,
-        "kendall": found.kendall.value,
-        "supernet_mean": float(accuracies.mean()),
-        "supernet_best": float(accuracies.max()),
-        "truth_mean": float(truth.mean()),
-        "truth_best": float(truth.max()),
-        "bottom_recall": bottom_k(accuracies, truth, worst=_WORST).recall,
+        **{name: row[name] for name in _PRUNED},
+        "random10_pruned": row["random10"],
+        "random10_whole": whole[-1]["random10"],
+        "truth_best": max(truth),
     }
 
 
@@ -167,19 +164,38 @@ def _subnets(studied: Studied) -> list[Row]:
 def _top_curves(studied: Studied) -> list[Row]:
     """Returns the best ground truth of the first k by each snapshot, and of k at random, k = 1, 2, 5, 10, 20, ..."""
     truth = np.asarray(studied.of.truth)
-    k = sorted({min(len(truth), step * 10**power) for power in range(5) for step in (1, 2, 5)})
+    k = _curve(len(truth))
     chance = random_top_k(truth, k)
     rows: list[Row] = [
         {"by": "random", "epoch": "", "bn": "", "k": size, "best": float(mean), "low": float(low), "high": float(high)}
         for size, mean, low, high in zip(k, chance.mean, chance.quantiles[0], chance.quantiles[-1], strict=True)
     ]
-    for s in studied.snapshots:
-        for size, top in zip(k, top_k(s.accuracies, truth, k), strict=True):
-            rows.append({"by": "supernet", "epoch": s.epoch, "bn": s.bn, "k": size, "best": float(top)})
-    for name, values in studied.sizes.items():
-        for size, top in zip(k, top_k(values, truth, k), strict=True):
-            rows.append({"by": name, "epoch": "", "bn": "", "k": size, "best": float(top)})
+    for by, values in _rankings(studied):
+        rows += [{**by, "k": size, "best": float(top)} for size, top in zip(k, top_k(values, truth, k), strict=True)]
     return rows
+
+
+def _bottom_curves(studied: Studied) -> list[Row]:
+    """Returns which of the worst tenth are among the last k by each snapshot, and at random, for the same k."""
+    rows: list[Row] = []
+    chance: tuple[Row, Floats] = ({"by": "random", "epoch": "", "bn": ""}, np.zeros(len(studied.of.truth)))
+    for by, values in [chance, *_rankings(studied)]:
+        for size in _curve(len(values)):
+            found = bottom_k(values, studied.of.truth, size, _WORST)
+            rows.append({**by, "k": size, "recall": found.recall, "precision": found.precision})
+    return rows
+
+
+def _curve(count: int) -> list[int]:
+    return sorted({min(count, step * 10**power) for power in range(5) for step in (1, 2, 5)})
+
+
+def _rankings(studied: Studied) -> Iterator[tuple[Row, Floats]]:
+    """Yields what architectures are ranked by: each snapshot, and sizes."""
+    for s in studied.snapshots:
+        yield {"by": "supernet", "epoch": s.epoch, "bn": s.bn}, np.asarray(s.accuracies)
+    for name, values in studied.sizes.items():
+        yield {"by": name, "epoch": "", "bn": ""}, np.asarray(values)
 
 
 def _operators(space: Space, studied: Studied) -> list[Row]:
@@ -187,12 +203,9 @@ def _operators(space: Space, studied: Studied) -> list[Row]:
     ops = [operators(genotype) for genotype in studied.of.genotypes]
     names = places(space, studied.of.genotypes[0])
     primitives = tuple(dict.fromkeys([*space.primitives, *(op for row in ops for op in row)]))
-    rankings: list[tuple[Row, Floats]] = [({"by": "truth", "epoch": "", "bn": ""}, np.asarray(studied.of.truth))]
-    rankings += [
-        ({"by": "supernet", "epoch": s.epoch, "bn": s.bn}, np.asarray(s.accuracies)) for s in studied.snapshots
-    ]
     rows: list[Row] = []
-    for by, values in rankings:
+    truth: tuple[Row, Floats] = ({"by": "truth", "epoch": "", "bn": ""}, np.asarray(studied.of.truth))
+    for by, values in [truth, *_rankings(studied)]:
         found = operator_shares(values, ops, primitives, min(_GROUPS, len(values)))
         for group in range(len(found.sizes)):
             head: Row = {**by, "group": group + 1, "size": int(found.sizes[group]), "mean": float(found.values[group])}

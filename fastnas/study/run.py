@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,18 +20,19 @@ from fastnas import __version__
 from fastnas._files import write_text
 from fastnas.data import ImageData, load, normalize
 from fastnas.genotype import AnyGenotype
+from fastnas.saliency import Batch
 from fastnas.saliency.batches import BatchSource
-from fastnas.saliency.rank import Networks, Scored, digest, rank, score_all
+from fastnas.saliency.rank import Networks, digest, rank, score_all
 from fastnas.search.loop import EpochRecord, Search
 from fastnas.search.run import RunFolder
-from fastnas.spaces import get_space
+from fastnas.spaces import Space, get_space
 from fastnas.study.architectures import Known, best, known
 from fastnas.study.config import StudyOptions
 from fastnas.study.evaluation import SubnetJob, save_snapshot
 from fastnas.study.results import Snapshot, Studied, pruning_row, write_pruning, write_results
 from fastnas.tabular import open_table
 
-_FORMAT = 1
+_FORMAT = 2
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``(what, total)`` -> a context that yields what is told how much is done."""
@@ -40,15 +44,6 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The images of a study, normalised, as numpy: what subnets are evaluated on, and what they may be trained on."""
-
-    images: tuple[object, object]
-    training: tuple[object, object]
-    hash: str
-
-
 def study(
     options: StudyOptions,
     folder: str | os.PathLike[str],
@@ -56,6 +51,7 @@ def study(
     data: ImageData | None = None,
     progress: Progress = silent,
     on_epoch: Callable[[Search, EpochRecord], object] | None = None,
+    training: Callable[[Search], AbstractContextManager[object]] = nullcontext,
 ) -> Studied:
     """Returns what a supernet says of architectures, beside what they are worth; all is written to the folder.
 
@@ -68,6 +64,7 @@ def study(
         data: images instead of those that the options name.
         progress: shows how far it is.
         on_epoch: called after each epoch of each supernet's training.
+        training: called before each training, which runs inside; after a stop within, what it was at is saved.
 
     Raises:
         ValueError: where the table does not fit, or the folder has a study of anything else.
@@ -83,27 +80,43 @@ def study(
     space = get_space(options.space)
     count = None if options.sample == "all" else int(options.sample)
     table = open_table(options.table, options.space, options.key)
-    of = known(space, table, options.column, count, options.seed, errors=options.errors)
+    of = known(space, table, options.column, count, options.sample_seed, errors=options.errors)
+    if options.prunings and round(options.parts_kept[-1] * len(of.genotypes)) < 3:
+        raise ValueError(
+            f"keep={options.keep!r}: {options.parts_kept[-1]:g} of {len(of.genotypes)} architectures are fewer than 3: "
+            "keep more, or study more"
+        )
     data = load(options.data, options.root) if data is None else data
-    runner = _Runner(options, data, progress, on_epoch)
+    runner = _Runner(options, data, progress, on_epoch, training)
     sizes = {name: runner.scores(name, of.genotypes, folder) for name in ("params", "flops")}
+    verdicts = {"optimistic": of.truth, "random": [0.0] * len(of.genotypes), **sizes}
+    for kind in options.prunings:  # before the supernet: networks that cannot be scored are found out at once
+        if kind not in verdicts and kind != "supernet":
+            verdicts[kind] = runner.scores(kind, of.genotypes, folder)
     whole = runner.supernet(folder, of, sizes)
     _write_options(folder, options)
-    write_results(folder, space, options, whole)
-    rows = [pruning_row("none", 1.0, whole, whole)]
-    for kind in options.prunings:
-        verdict = _verdict(kind, whole, runner, folder, options.seed)
-        for part in options.parts_kept:
-            inside = folder / "pruned" / f"{kind}-{part:g}"
-            kept = set(best(verdict, part))
-            chosen = [n for n, genotype in enumerate(of.genotypes) if genotype.to_text() in kept]
-            fewer = Known([of.genotypes[n] for n in chosen], [of.truth[n] for n in chosen])
-            _check_kept(inside, fewer)
-            pruned = runner.supernet(inside, fewer, {k: [v[n] for n in chosen] for k, v in sizes.items()}, fewer)
-            write_results(inside, space, options, pruned)
-            rows.append(pruning_row(kind, part, pruned, whole))
-    if options.prunings:
-        write_pruning(folder, rows)
+    summary = write_results(folder, space, options, whole)
+    if not options.prunings:
+        return whole
+    verdicts["supernet"] = whole.verdict.accuracies
+    kept = {
+        (kind, part): best(verdicts[kind], part, options.sample_seed)
+        for kind in options.prunings
+        for part in options.parts_kept
+    }
+    rows = []
+    if options.sample == "all" and _lists(space) == len(of.genotypes):
+        rows.append(pruning_row("none", 1.0, summary, of.truth, summary))
+    else:  # pruned spaces are parts of what is studied, which is a smaller space than the whole
+        rows.append(pruning_row("space", math.nan, summary, of.truth, summary))
+        kept = {("none", 1.0): list(range(len(of.genotypes))), **kept}
+    for (kind, part), chosen in kept.items():
+        inside = folder / "pruned" / f"{kind}-{part:g}"
+        fewer = Known([of.genotypes[n] for n in chosen], [of.truth[n] for n in chosen])
+        _check_kept(inside, fewer)
+        pruned = runner.supernet(inside, fewer, {k: [v[n] for n in chosen] for k, v in sizes.items()}, pruned=True)
+        rows.append(pruning_row(kind, part, write_results(inside, space, options, pruned), fewer.truth, summary))
+    write_pruning(folder, rows)
     return whole
 
 
@@ -116,13 +129,14 @@ class _Runner:
         data: ImageData,
         progress: Progress,
         on_epoch: Callable[[Search, EpochRecord], object] | None,
+        training: Callable[[Search], AbstractContextManager[object]],
     ) -> None:
-        self._options, self._data, self._progress, self._on_epoch = options, data, progress, on_epoch
-        self._parts: _Parts | None = None
+        self._options, self._data, self._progress = options, data, progress
+        self._on_epoch, self._training = on_epoch, training
         self._sizes = (options.channels, options.layers, len(data.classes), data.images.shape[1])
 
     def supernet(
-        self, folder: Path, of: Known, sizes: Mapping[str, Sequence[float]], only: Known | None = None
+        self, folder: Path, of: Known, sizes: Mapping[str, Sequence[float]], *, pruned: bool = False
     ) -> Studied:
         """Returns what a supernet says of architectures.
 
@@ -130,27 +144,26 @@ class _Runner:
             folder: where it is kept.
             of: the architectures.
             sizes: of their networks.
-            only: the architectures that it is trained on, and then only the last snapshot's first mode is looked at;
-                all of the space where None.
+            pruned: it is trained on those alone, and only its verdict is looked at; else on all of the space.
         """
         o = self._options
-        epochs, modes = (o.epochs_studied, o.modes) if only is None else (o.epochs_studied[-1:], o.modes[:1])
-        self._train(folder, only, epochs)
+        epochs, modes = (o.epochs_studied[-1:], list(o.modes)[:1]) if pruned else (o.epochs_studied, list(o.modes))
+        parts = self._train(folder, _drawn_from(of) if pruned else None, epochs)
         snapshots = [
-            Snapshot(epoch, bn, [row.score for row in self._evaluate(folder, epoch, bn, of)])
-            for epoch in epochs
-            for bn in modes
+            Snapshot(epoch, mode, self._evaluate(folder, epoch, mode, of, parts)) for epoch in epochs for mode in modes
         ]
         return Studied(of, {name: list(values) for name, values in sizes.items()}, snapshots)
 
     def scores(self, name: str, genotypes: Sequence[AnyGenotype], folder: Path) -> list[float]:
         """Returns a training-free score of the architectures' own networks, of the supernet's size."""
         o = self._options
-        batch = BatchSource.open(o.data, o.root, min(64, len(self._data.images))).draw(o.seed)
-        if name in ("params", "flops"):  # which look at one image's shape
-            shape = self._data.images.shape[1:]
-            batch = batch._replace(images=torch.zeros(1, *shape), labels=torch.zeros(1, dtype=torch.int64))
         channels, layers, classes, _ = self._sizes
+        _, *shape = self._data.images.shape
+        if name in ("params", "flops"):  # which look at one image's shape
+            batch = Batch(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
+        else:
+            size = min(64, len(self._data.images))
+            batch = BatchSource(size, False, self._data, (shape[0], shape[1], shape[2]), classes).draw(o.seed)
         networks = Networks(channels, layers, classes, o.seed, o.device)
         with self._progress(f"{name} of the architectures", len(genotypes)) as tell:
             rows = rank(
@@ -162,13 +175,15 @@ class _Runner:
             )
         return [row.score for row in rows]
 
-    def _train(self, folder: Path, only: Known | None, epochs: Sequence[int]) -> None:
-        """Trains the supernet, from where it stopped, and leaves its snapshots after some epochs."""
-        o = self._options
-        if all(_snapshot(folder, epoch).is_file() for epoch in epochs) and self._parts is not None:
-            return
-        search = Search(o.search(), data=self._data, draw_architecture=None if only is None else _drawn_from(only))
-        self._parts = self._parts or self._take_parts(search)
+    def _train(
+        self, folder: Path, draw: Callable[[torch.Generator | None], AnyGenotype] | None, epochs: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Trains the supernet, from where it stopped to the last of some epochs, and leaves snapshots after each.
+
+        Returns:
+            The indices of the images that train, and of those that evaluate.
+        """
+        search = Search(self._options.search(), data=self._data, draw_architecture=draw)
         run = RunFolder(folder / "supernet")
         if (run.path / "checkpoint.pt").is_file():
             run.resume(search)
@@ -182,67 +197,61 @@ class _Runner:
             if record.epoch in epochs:  # before the checkpoint, which is resumed from
                 save_snapshot(_snapshot(folder, record.epoch), search.supernet, record.epoch)
             run.record(search, record)
+            if record.epoch == epochs[-1]:
+                search.stop()
             if self._on_epoch is not None:
                 self._on_epoch(search, record)
 
         steps = search.steps_per_epoch
-        with run, self._progress(f"training {folder.name}", o.epochs * steps) as tell:
-            search.run(on_step=lambda s: tell(s.epoch * steps + s.step), on_epoch=on_epoch)
+        if search.epoch < epochs[-1]:
+            with run, self._progress(f"training {folder.name}", epochs[-1] * steps) as tell, self._training(search):
+                search.run(on_step=lambda s: tell(s.epoch * steps + s.step), on_epoch=on_epoch)
+                if search.step:  # stopped within an epoch
+                    run.save(search)
         missing = [epoch for epoch in epochs if not _snapshot(folder, epoch).is_file()]
         if missing:
             raise ValueError(
-                f"checkpoints={o.checkpoints!r}: {folder} was trained without keeping epoch {missing[0]}: leave "
-                "it out, or choose another folder"
+                f"checkpoints={self._options.checkpoints!r}: {folder} was trained to epoch {search.epoch} without "
+                f"keeping epoch {missing[0]}: leave it out, or choose another folder"
             )
+        return search.parts
 
-    def _take_parts(self, search: Search) -> _Parts:
-        o, (train, valid) = self._options, search.parts
-        images = self._take(valid[: o.images])
-        training = self._take(train[: max(o.calibration, o.finetune) * o.batch_size])
-        return _Parts(images, training, digest(*images, *training))
-
-    def _take(self, indices: Tensor) -> tuple[object, object]:
-        data = self._data
-        return normalize(data.images[indices], data.mean, data.std).numpy(), data.labels[indices].numpy()
-
-    def _evaluate(self, folder: Path, epoch: int, bn: str, of: Known) -> list[Scored]:
+    def _evaluate(self, folder: Path, epoch: int, mode: str, of: Known, parts: tuple[Tensor, Tensor]) -> list[float]:
         o = self._options
-        assert self._parts is not None
-        training = self._parts.training if bn == "recalibrated" or o.finetune else _nothing(self._parts.training)
+        bn, finetuning = o.modes[mode]
+        calibration = o.calibration if bn == "recalibrated" else 0
+        training = self._take(parts[0][: max(calibration, finetuning.batches) * o.batch_size])
+        images = self._take(parts[1][: o.images])
+        snapshot = _snapshot(folder, epoch)
+        sizes = (o.image_batch, o.batch_size)
         job = SubnetJob(
-            get_space(o.space),
-            _snapshot(folder, epoch),
-            self._sizes,
-            self._parts.images,
-            training,
-            (o.image_batch, o.batch_size),
-            bn,
-            o.finetuning,
-            o.device,
-            o.amp,
+            *(get_space(o.space), snapshot, self._sizes, images, training, sizes),
+            *(bn, calibration, finetuning, o.device, o.amp),
         )
-        settings = {"format": _FORMAT, "space": o.space, "epoch": epoch, "bn": bn, "amp": o.amp}
-        settings |= {"image_batch": o.image_batch, "batch_size": o.batch_size, **asdict(o.finetuning)}
-        settings |= {"threads": o.threads, "images": self._parts.hash}
-        with self._progress(f"subnets after epoch {epoch}, bn {bn}", len(of.genotypes)) as tell:
-            return score_all(
-                job,
-                of.genotypes,
-                settings,
-                folder=folder / "evaluations" / f"epoch-{epoch}-{bn}",
+        settings = {"format": _FORMAT, "space": o.space, "epoch": epoch, "bn": bn, "amp": o.amp, "threads": o.threads}
+        settings |= {"images": len(images[1]), "image_batch": o.image_batch, "batch_size": o.batch_size}
+        settings |= {"calibration": calibration, "finetuning": asdict(finetuning)}
+        settings |= {"data": digest(*images, *training), "snapshot": digest(memoryview(snapshot.read_bytes()))}
+        done = itertools.count(1)
+        with self._progress(f"subnets after epoch {epoch}, bn {mode}", len(of.genotypes)) as tell:
+            rows = score_all(
+                *(job, of.genotypes, settings),
+                folder=folder / "evaluations" / f"epoch-{epoch}-{mode}",
                 jobs=o.jobs,
                 threads=o.threads,
-                on_score=lambda row: tell(row.index + 1),
+                on_score=lambda row: tell(next(done)),
+                first=lambda genotype: genotype.to_text(),  # chains with the same beginning one after another
             )
+        return [row.score for row in rows]
+
+    def _take(self, indices: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Returns images, normalised, and their labels."""
+        data = self._data
+        return normalize(data.images[indices], data.mean, data.std).numpy(), data.labels[indices].numpy()
 
 
 def _snapshot(folder: Path, epoch: int) -> Path:
     return folder / "snapshots" / f"epoch-{epoch}.pt"
-
-
-def _nothing(arrays: tuple[object, object]) -> tuple[object, object]:
-    x, y = (np.asarray(a)[:0] for a in arrays)
-    return x, y
 
 
 def _drawn_from(only: Known) -> Callable[[torch.Generator | None], AnyGenotype]:
@@ -252,21 +261,9 @@ def _drawn_from(only: Known) -> Callable[[torch.Generator | None], AnyGenotype]:
     return draw
 
 
-def _verdict(kind: str, whole: Studied, runner: _Runner, folder: Path, seed: int) -> dict[str, float]:
-    """Returns what each architecture is kept for, the larger the longer."""
-    texts = [genotype.to_text() for genotype in whole.of.genotypes]
-    if kind == "optimistic":
-        values: Sequence[float] = whole.of.truth
-    elif kind == "random":
-        values = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    elif kind == "supernet":
-        last = max(snapshot.epoch for snapshot in whole.snapshots)
-        values = next(s for s in whole.snapshots if s.epoch == last).accuracies
-    elif kind in whole.sizes:
-        values = whole.sizes[kind]
-    else:
-        values = runner.scores(kind, whole.of.genotypes, folder)
-    return dict(zip(texts, map(float, values), strict=True))
+def _lists(space: Space) -> int:
+    """Returns how many architectures a space can list."""
+    return sum(1 for _ in getattr(space, "all", tuple)())
 
 
 def _check_kept(folder: Path, kept: Known) -> None:
