@@ -15,7 +15,7 @@ PRUNINGS = ("optimistic", "random", "supernet")
 """What the worst architectures can be removed by, beside the scores of networks: the ground truth, nothing, or the
 supernet of the whole space."""
 
-# What AceNAS (arXiv:2108.03001), by some of the authors of arXiv:2010.08219, trained its supernets with.
+# What AceNAS (arXiv:2108.03001) trained its supernets with.
 _PUBLISHED = {"batch_size": 192, "epochs": 600, "lr": 0.05, "lr_min": 0.0, "weight_decay": 1e-4, "nesterov": False}
 _SPACES = {"darts": {"batch_size": 128}, "darts-7": {"batch_size": 128}}
 
