@@ -120,7 +120,8 @@ _RANKING = (
 )
 _FINDING = (
     "The best ground truth among the k architectures that the supernet ranks first, and among k drawn at random "
-    "(expectation; shaded: 5 to 95 %). Where the two lines meet, the ranking is worth nothing."
+    "(expectation; shaded: 5 to 95 %). Where the two lines meet, the ranking is worth nothing. Of the worst tenth, "
+    "recall is the part that is among the last k; precision is the part of the last k that is of the worst tenth."
 )
 _POINTS = "Each point is an architecture: its accuracy with the shared weights, and its ground truth."
 _STABILITY = "How far a snapshot orders the architectures as the one before it did."
@@ -134,8 +135,8 @@ _OPERATORS = (
 )
 _PRUNING = (
     "Supernets trained in search spaces that lack the worst of the studied architectures by some verdict, over the "
-    "part that is kept; at 1 a supernet trained on all of them. Where the space has more than those, that of the whole "
-    "space is a line by itself. Random search is the expected best of ten, of all studied and of pruned spaces."
+    "part that is kept; at 1 a supernet trained on all of them. Where the space has more than those, “space” is "
+    "the supernet of the whole space. Random search is the expected best of ten, of all studied and of pruned spaces."
 )
 
 
@@ -218,13 +219,13 @@ def _finding(study: _Study, draw: _Pictures) -> list[_Picture]:
         found = _where(bottom, by="supernet", epoch=f"{study.epochs[-1]:g}", bn=bn)
         chance = _where(bottom, by="random")
         lines = [
-            Line("of the worst tenth, among the last k", _numbers(found, "recall"), BLUE),
-            Line("of the last k, from the worst tenth", _numbers(found, "precision"), ORANGE),
+            Line("recall", _numbers(found, "recall"), BLUE),
+            Line("precision", _numbers(found, "precision"), ORANGE),
             Line("chance", _numbers(chance, "recall"), BLUE, dashed=True),
             Line("chance", _numbers(chance, "precision"), ORANGE, dashed=True),
         ]
         x = _numbers(found, "k")
-        pictures += draw(f"The last k, bn {bn}", x, lines, percent=True, xlabel="k", xlog=True)
+        pictures += draw(f"The worst tenth among the last k, bn {bn}", x, lines, percent=True, xlabel="k", xlog=True)
     return pictures
 
 
@@ -326,7 +327,7 @@ def _pruning(study: _Study, draw: _Pictures) -> list[_Picture]:
             whole = np.full(len(x), _numbers(table, "random10_whole")[0])
             lines.append(Line("random, all", whole, SLATE, dashed=True))
         if space["prune"]:
-            lines.append(Line("whole space", np.full(len(x), _numbers(space, name)[0]), INK, dashed=True))
+            lines.append(Line("space", np.full(len(x), _numbers(space, name)[0]), INK, dashed=True))
         pictures += draw(caption, x, lines, percent=percent, xlabel=_KEPT, xlog=True)
     return pictures
 
