@@ -160,7 +160,10 @@ def repeat(
     again = f"fastnas search --resume --out {shlex.quote(str(folder.path))}"
     if options.pick:  # an option that does not fit shows before the first search, not after it
         example = get_space(config.space).sample(torch.Generator().manual_seed(config.seed))
-        Training(_short(options, config, example.to_text()))
+        try:
+            Training(_short(options, config, example.to_text()))
+        except ValueError as error:
+            raise ValueError(f"the short training of --pick: {error}; --pick_recipe says how to train") from None
     done = {one.seed: one for one in folder.found()}
     found: list[Found] = []
     for n in itertools.count():
