@@ -7,7 +7,6 @@ front are two rows without a search: what untrained alphas stand for, and random
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import yaml
 
+from fastnas._files import read_table
 from fastnas.genotype import AnyGenotype
 from fastnas.search.run import RunFolder
 from fastnas.spaces import get_space
@@ -81,8 +81,7 @@ def label(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
 
 def metrics(folder: Path) -> list[dict[str, str]]:
     """Returns the epochs of a run."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / "metrics.csv")
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,25 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes ``text`` as UTF-8, as :func:`write_atomic` does."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_table(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes a CSV file, as :func:`write_atomic` does; what a row does not have is an empty field."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
+
+
+def read_table(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file, by column.
+
+    Raises:
+        OSError: where the file cannot be read.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, restval=""))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:

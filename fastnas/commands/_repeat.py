@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import shlex
 import time
@@ -15,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastnas._files import write_text
+from fastnas._files import read_table, write_table
 from fastnas.commands import train
 from fastnas.genotype import load_genotype, parse_genotype
-from fastnas.runs.folder import Folder, read_metrics
+from fastnas.runs.folder import Folder
 from fastnas.search import SearchConfig
 from fastnas.search.config import GROUPS
 from fastnas.search.run import RunFolder
@@ -123,25 +121,18 @@ class RepeatFolder(Folder):
     def found(self) -> list[Found]:
         """Returns what the seeds came to that are done."""
         path = self.path / "searches.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return [Found.read(row) for row in csv.DictReader(file)]
+        return [Found.read(row) for row in read_table(path)] if path.exists() else []
 
     def write(self, found: list[Found]) -> None:
         """Writes what the seeds came to."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [f.name for f in fields(Found)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in found)
-        write_text(self.path / "searches.csv", text.getvalue())
+        write_table(self.path / "searches.csv", [f.name for f in fields(Found)], [asdict(one) for one in found])
 
 
 def repeat(
     options: RepeatOptions,
     config: SearchConfig,
     folder: RepeatFolder,
-    search: Callable[[SearchConfig, RunFolder, str], int],
+    search: Callable[..., int],
     *,
     resume: bool,
     out: Console,
@@ -152,9 +143,9 @@ def repeat(
         options: How many, and what follows.
         config: Of the first; the others differ in the seed.
         folder: Where they are.
-        search: Runs one search, or what is left of it, and returns its exit status; its last argument is the command
-            that goes on after a stop.
-        resume: Whether short trainings that were stopped go on.
+        search: Runs one search, or what is left of it, and returns its exit status:
+            ``search(config, folder, resume=, overwrite=, again=)``, the last the command that goes on after a stop.
+        resume: Whether searches and short trainings that were stopped go on.
         out: Where to print.
     """
     again = f"fastnas search --resume --out {shlex.quote(str(folder.path))}"
@@ -176,7 +167,8 @@ def repeat(
                 f"[bold]seed {one.seed}[/], number {n + 1}" + ("" if options.minutes else f" of {options.repeat}")
             )
             run, start = RunFolder(folder.path / f"seed-{one.seed}"), time.perf_counter()
-            status = search(one, run, again)
+            stopped = resume and (run.path / "checkpoint.pt").exists()
+            status = search(one, run, resume=stopped, overwrite=True, again=again)
             seconds = time.perf_counter() - start
             if not status and options.pick:
                 status = _train(options, one, run, again, resume=resume)
@@ -234,8 +226,9 @@ def _train(options: RepeatOptions, config: SearchConfig, run: RunFolder, again: 
 
 
 def _found(config: SearchConfig, run: RunFolder, options: RepeatOptions, seconds: float) -> Found:
-    epochs = read_metrics(run.path)
-    trained = read_metrics(run.path / "short") if options.pick else []
+    metrics = run.path / "metrics.csv"
+    epochs = read_table(metrics) if metrics.exists() else []  # what trains nothing has none
+    trained = read_table(run.path / "short" / "metrics.csv") if options.pick else []
     return Found(
         seed=config.seed,
         supernet=float(epochs[-1]["valid_accuracy"]) if epochs else None,

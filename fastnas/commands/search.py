@@ -123,11 +123,7 @@ def _start_several(repeated: RepeatOptions, options: Namespace, again: Again) ->
     if options.resume:
         return _resume_several(folder, again)
     folder.start(repeated, config, overwrite=options.overwrite)
-
-    def one(config: SearchConfig, run: RunFolder, command: str) -> int:
-        return _run_one(config, run, resume=False, overwrite=True, again=command)
-
-    return repeat(repeated, config, folder, one, resume=False, out=console())
+    return repeat(repeated, config, folder, _run_one, resume=False, out=console())
 
 
 def _resume_several(folder: RepeatFolder, again: Again) -> int:
@@ -136,11 +132,7 @@ def _resume_several(folder: RepeatFolder, again: Again) -> int:
     repeated, config = _repeated(options), _config(options)
     given = {**dataclasses.asdict(repeated), **config.to_dict()}
     check_resumed(folder.path, stored, given, Search.FREE_ON_RESUME | {"repeat", "minutes"})
-
-    def one(config: SearchConfig, run: RunFolder, command: str) -> int:
-        return _run_one(config, run, resume=(run.path / "checkpoint.pt").exists(), overwrite=True, again=command)
-
-    return repeat(repeated, config, folder, one, resume=True, out=console())
+    return repeat(repeated, config, folder, _run_one, resume=True, out=console())
 
 
 def _resumed(folder: RunFolder, again: Again) -> SearchConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
+from fastnas._files import read_table
 from fastnas.commands._common import (
     Again,
     Interrupted,
@@ -117,10 +117,9 @@ def run(namespace: Namespace, again: Again) -> int:
 def _show(out: Console, folder: Path, column: str) -> None:
     out.print(f"[dim]epoch  bn             subnets   Spearman  Kendall   top 1  top 10  random 10  {column}[/]")
     line = "{epoch:5.0f}  {bn:12}  {supernet_mean:8.1%}  {spearman:9.3f}  {kendall:7.3f}  {top1:6.2f}  {top10:6.2f}"
-    with (folder / "summary.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            numbers = {name: text if name == "bn" else float(text or "nan") for name, text in row.items()}
-            out.print((line + "  {random10:9.2f}").format_map(numbers))
+    for row in read_table(folder / "summary.csv"):
+        numbers = {name: text if name == "bn" else float(text or "nan") for name, text in row.items()}
+        out.print((line + "  {random10:9.2f}").format_map(numbers))
 
 
 def _page(out: Console, folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastnas._files import write_text
+from fastnas._files import read_table, write_table
 
 from .curves import BLUE, GREEN, ORANGE, PURPLE, Band, Line, curves_svg
 from .operators import operators_figure
@@ -385,9 +384,9 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pruned = [row for label, studies in groups.items() for row in _compared_pruning(label, studies)]
-    _write_rows(folder / "compare.csv", rows)
+    write_table(folder / "compare.csv", list(rows[0]), rows)
     if pruned:
-        _write_rows(folder / "compare_pruning.csv", pruned)
+        write_table(folder / "compare_pruning.csv", list(pruned[0]), pruned)
     x = np.unique([_number(str(row["epoch"])) for row in rows])
     pictures = []
     for name, caption in (*_COMPARED.items(), _AGREEMENT):
@@ -504,19 +503,8 @@ def _compare_pruning(rows: Sequence[Mapping[str, object]], draw: _Pictures) -> l
     return pictures
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def _read_table(path: Path) -> dict[str, list[str]]:
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, restval=""))
+    rows = read_table(path) if path.is_file() else []
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 

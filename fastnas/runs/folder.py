@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -130,14 +128,6 @@ class Folder:
             lines.append(yaml.safe_dump(chosen, sort_keys=False, width=1000).rstrip())
         return "\n".join(lines) + "\n"
 
-    def _write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes ``metrics.csv``; what a row does not have is an empty field."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, columns, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path / "metrics.csv", table.getvalue())
-
     def _write_events(self, epoch: int, values: Mapping[str, float]) -> None:
         """Gives TensorBoard an epoch's values, but for those that are NaN."""
         if self._writer is None:
@@ -149,12 +139,3 @@ class Folder:
             if not math.isnan(value):
                 self._writer.add_scalar(tag, value, epoch)
         self._writer.flush()
-
-
-def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Returns the rows of a run's ``metrics.csv``, one an epoch; none where there is no such file."""
-    path = Path(folder) / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from fastnas._files import write_table
 from fastnas.runs.folder import Folder
 from fastnas.search import checkpoint
 from fastnas.search.config import GROUPS, SearchConfig
@@ -118,7 +119,7 @@ class RunFolder(Folder):
         for record in search.history:
             values = asdict(record)
             rows.append({**values.pop("measures"), **values})
-        self._write_table([*names[:i], *measures, *names[i + 1 :]], rows)
+        write_table(self.path / "metrics.csv", [*names[:i], *measures, *names[i + 1 :]], rows)
 
     def _write_genotype(self, result: SearchResult) -> None:
         result.genotype.save(self.path / "genotype.json")

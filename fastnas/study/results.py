@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastnas._files import write_text
+from fastnas._files import write_table, write_text
 from fastnas.saliency.statistics import correlate
 from fastnas.spaces import Space
 from fastnas.study.architectures import Known, operators, places
@@ -216,14 +214,9 @@ def _operators(space: Space, studied: Studied) -> list[Row]:
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n"
-    )
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    write_text(path, text.getvalue())
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    blank = ({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows)
+    write_table(path, columns, blank)
 
 
 def _plain(value: object) -> object:

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import ClassVar
 
+from fastnas._files import write_table
 from fastnas.inference.model_file import save_model
 from fastnas.runs.folder import Folder
 from fastnas.train.config import GROUPS, TrainConfig
@@ -115,4 +116,5 @@ class TrainFolder(Folder):
         return path
 
     def _write_metrics(self, training: Training) -> None:
-        self._write_table([f.name for f in fields(EpochRecord)], [asdict(r) for r in training.history])
+        columns = [f.name for f in fields(EpochRecord)]
+        write_table(self.path / "metrics.csv", columns, [asdict(r) for r in training.history])
