@@ -26,6 +26,7 @@ from fastnas.tabular import open_table
 COLUMNS = ("c10_test_e200", "c100_test_e200", "in16_test_e200")
 BASELINE = 1000  # architectures
 IGNORED = {"seed", "device", "threads", "table", "root"}
+CURVES = ("epoch", "valid_accuracy", "discrete/", "table/", "sampled/", "hessian/")
 
 
 def baselines(space_name: str, table_path: Path) -> dict[str, dict[str, Any]]:
@@ -43,9 +44,9 @@ def baselines(space_name: str, table_path: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean and standard deviation (n - 1) of percentages."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")}
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Returns the mean and the standard deviation (n - 1), which one value has not."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def rows(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -72,6 +73,18 @@ def rows(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def curves(folders: Sequence[Path]) -> dict[str, list[dict[str, str]]]:
+    """Returns what was measured after the epochs of each run, under its row's name and its seed."""
+    runs = {folder: RunFolder(folder).config().to_dict() for folder in folders}
+    keys = [{k: v for k, v in options.items() if k not in IGNORED} for options in runs.values()]
+    return {
+        f"{label(key, keys)}, seed {options['seed']}": [
+            {name: value for name, value in row.items() if name.startswith(CURVES)} for row in metrics(folder)
+        ]
+        for (folder, options), key in zip(runs.items(), keys, strict=True)
+    }
+
+
 def label(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """Returns the method's name, and the options in which runs of the same method differ."""
     same = [o for o in others if o["method"] == own["method"]]
@@ -87,7 +100,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| search | seeds | CIFAR-10 | CIFAR-100 | ImageNet16-120 | skips | minutes |", "| --- " * 7 + "|"]
     for name, row in results.items():
-        cells = [f"{row[c]['mean']:.2f} ± {row[c]['std']:.2f}" for c in COLUMNS]
+        cells = [f"{row[c]['mean']:.2f}" + ("" if row[c]["std"] is None else f" ± {row[c]['std']:.2f}") for c in COLUMNS]
         skips = f"{row['skips']['mean']:.0%}" if "skips" in row else ""
         minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""
         lines.append("| " + " | ".join([name, str(row["seeds"]), *cells, skips, minutes]) + " |")
@@ -98,13 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.searches", description=__doc__)
     parser.add_argument("table", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers here, beside those of other searches")
     options = parser.parse_args(arguments)
     space = yaml.safe_load((options.runs[0] / "config.yaml").read_text())["space"]
     results = dict(itertools.chain(baselines(space, options.table).items(), rows(options.runs).items()))
     print(markdown(results))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}, "curves": {}}
+        content["results"].update(results)
+        content["curves"].update(curves(options.runs))
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

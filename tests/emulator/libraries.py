@@ -169,7 +169,7 @@ def build_cuda() -> Path:
     assert top is not None
     home = Path(top[1]).resolve()
     defines = ["-DFASTNAS_CUDA", "-DUSE_CUDA", "-DFASTNAS_CUDA_VERSION=test", "-DFASTNAS_CUDA_ARCHS=8.0;9.0+PTX"]
-    host = [CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O2", "-g0"]
+    host = [CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O0", "-g0"]  # it is loaded, hardly run
     device = [
         *(str(NVCC), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"),
         *("-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas"),
