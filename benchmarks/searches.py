@@ -100,7 +100,9 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| search | seeds | CIFAR-10 | CIFAR-100 | ImageNet16-120 | skips | minutes |", "| --- " * 7 + "|"]
     for name, row in results.items():
-        cells = [f"{row[c]['mean']:.2f}" + ("" if row[c]["std"] is None else f" ± {row[c]['std']:.2f}") for c in COLUMNS]
+        cells = [
+            f"{row[c]['mean']:.2f}" + ("" if row[c]["std"] is None else f" ± {row[c]['std']:.2f}") for c in COLUMNS
+        ]
         skips = f"{row['skips']['mean']:.0%}" if "skips" in row else ""
         minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""
         lines.append("| " + " | ".join([name, str(row["seeds"]), *cells, skips, minutes]) + " |")
