@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
 _RESTARTS = 32
 _SWEEPS = 6
@@ -37,9 +37,9 @@ class Box:
     after: list[Box] = field(default_factory=list, repr=False)
 
 
-def link(chain: Sequence[Box]) -> None:
+def link(boxes: Sequence[Box]) -> None:
     """Joins boxes of successive columns."""
-    for a, b in pairwise(chain):
+    for a, b in pairwise(boxes):
         a.after.append(b)
         b.before.append(a)
 
@@ -54,12 +54,15 @@ def place(boxes: Sequence[Box], gap: float) -> None:
     generator = random.Random(0)
     best: tuple[int, float] | None = None
     places: list[float] = []
+    seen: set[tuple[Box, ...]] = set()
     for _ in range(_RESTARTS):
         order = _ordered(columns)
         columns = [generator.sample(column, len(column)) for column in columns]
         crossings = _crossings(order)
-        if best is not None and crossings > best[0]:
+        key = tuple(chain.from_iterable(order))
+        if key in seen or (best is not None and crossings > best[0]):
             continue
+        seen.add(key)
         _set_heights(order, gap)
         first = [box.y for box in boxes if box.column == 0]
         sign = -1 if first[0] < first[-1] else 1
@@ -86,6 +89,8 @@ def _ordered(columns: list[list[Box]]) -> list[list[Box]]:
         crossings = _crossings(columns)
         if crossings < fewest:
             best, fewest = columns, crossings
+        if not crossings:
+            break
     return best
 
 
@@ -107,11 +112,16 @@ def _exchange(columns: list[list[Box]]) -> list[list[Box]]:
     """Returns the columns after every exchange of neighbours that saves crossings, in one pass."""
     columns = [list(column) for column in columns]
     for c, column in enumerate(columns):
+        near = columns[max(c - 1, 0) : c + 2]
+        fewest = _crossings(near)
         for i in range(len(column) - 1):
-            near = columns[max(c - 1, 0) : c + 2]
-            before = _crossings(near)
+            if not fewest:
+                break
             column[i], column[i + 1] = column[i + 1], column[i]
-            if _crossings(near) >= before:
+            crossings = _crossings(near)
+            if crossings < fewest:
+                fewest = crossings
+            else:
                 column[i], column[i + 1] = column[i + 1], column[i]
     return columns
 
@@ -133,24 +143,25 @@ def _set_heights(columns: list[list[Box]], gap: float) -> None:
             box.y = (i - (len(column) - 1) / 2) * (gap + 0.3)
     place_of = {box: (column, i) for column in columns for i, box in enumerate(column)}
     chains = [_chain(box) for column in columns for box in column if box.through and not box.before[0].through]
+    settlings = [_Settling(column, gap) for column in columns]
     for _ in range(_RELAXATIONS):
-        for column in (*columns, *reversed(columns)):
-            _settle(column, gap)
-        for chain in chains:
-            lows, highs = zip(*(_room(*place_of[box], gap) for box in chain), strict=True)
+        for settling in (*settlings, *reversed(settlings)):
+            settling.settle()
+        for passing in chains:
+            lows, highs = zip(*(_room(*place_of[box], gap) for box in passing), strict=True)
             low, high = max(lows), min(highs)
             if low <= high:  # a straight line has room
-                level = min(max(sum(box.y for box in chain) / len(chain), low), high)
-                for box in chain:
+                level = min(max(sum(box.y for box in passing) / len(passing), low), high)
+                for box in passing:
                     box.y = level
 
 
 def _chain(box: Box) -> list[Box]:
     """Returns the boxes through which one link passes, the first of which is given."""
-    chain = [box]
-    while chain[-1].after[0].through:
-        chain.append(chain[-1].after[0])
-    return chain
+    boxes = [box]
+    while boxes[-1].after[0].through:
+        boxes.append(boxes[-1].after[0])
+    return boxes
 
 
 def _room(column: Sequence[Box], i: int, gap: float) -> tuple[float, float]:
@@ -163,20 +174,30 @@ def _room(column: Sequence[Box], i: int, gap: float) -> tuple[float, float]:
     return low, high
 
 
-def _settle(column: list[Box], gap: float) -> None:
+class _Settling:
     """Moves one column's boxes to the least-squares heights given all other columns (pool adjacent violators)."""
-    offsets = [0.0]
-    for below, above in pairwise(column):
-        offsets.append(offsets[-1] + (below.height + above.height) / 2 + gap)
-    blocks: list[tuple[float, float, int]] = []  # (weight, mean wanted height less offset, boxes)
-    for box, offset in zip(column, offsets, strict=True):
-        pulls = [(8.0 if box.through and other.through else 1.0, other.y) for other in box.before + box.after]
-        weight = sum(pull for pull, _ in pulls) or 1e-3
-        wanted = sum(pull * y for pull, y in pulls) / weight if pulls else box.y
-        blocks.append((weight, wanted - offset, 1))
-        while len(blocks) > 1 and blocks[-2][1] > blocks[-1][1]:
-            (w1, m1, n1), (w2, m2, n2) = blocks[-2:]
-            blocks[-2:] = [(w1 + w2, (w1 * m1 + w2 * m2) / (w1 + w2), n1 + n2)]
-    heights = [mean for _, mean, count in blocks for _ in range(count)]
-    for box, height, offset in zip(column, heights, offsets, strict=True):
-        box.y = height + offset
+
+    def __init__(self, column: list[Box], gap: float) -> None:
+        offsets = [0.0]
+        for below, above in pairwise(column):
+            offsets.append(offsets[-1] + (below.height + above.height) / 2 + gap)
+        self._boxes = []  # with their offsets, what pulls them, and how strongly it does in all
+        for box, offset in zip(column, offsets, strict=True):
+            pulls = [(8.0 if box.through and other.through else 1.0, other) for other in box.before + box.after]
+            self._boxes.append((box, offset, pulls, sum(pull for pull, _ in pulls) or 1e-3))
+
+    def settle(self) -> None:
+        blocks: list[tuple[float, float, int]] = []  # (weight, mean wanted height less offset, boxes)
+        for box, offset, pulls, weight in self._boxes:
+            wanted = 0.0
+            for pull, other in pulls:
+                wanted += pull * other.y
+            wanted = wanted / weight if pulls else box.y
+            mean, count = wanted - offset, 1
+            while blocks and blocks[-1][1] > mean:
+                w, m, n = blocks.pop()
+                weight, mean, count = w + weight, (w * m + weight * mean) / (w + weight), n + count
+            blocks.append((weight, mean, count))
+        heights = [mean for _, mean, count in blocks for _ in range(count)]
+        for (box, offset, _, _), height in zip(self._boxes, heights, strict=True):
+            box.y = height + offset
