@@ -163,7 +163,7 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
 
         command = _cxx(sanitize=sanitize)
         unused = [CXX, *_FLAGS, "-O0", "-g0", "-x", "c++"]
-        run = {None, "plain", _C.build_info()["cpu_isa"]}  # the other instruction sets would only take minutes to compile
+        run = {None, "plain", _C.build_info()["cpu_isa"]}  # others would only take minutes to compile
         sources = [(p, command if _isa(p) in run or not sanitize else unused) for p in [*glue, *_cpu_sources()]]
     link = [CXX, "-shared", *_LINK, *(["-fsanitize=address,undefined"] if sanitize else [])]
     folder = ROOT / "build" / (f"{library}_sanitized" if sanitize else library)
