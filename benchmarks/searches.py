@@ -49,6 +49,11 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
+def text(value: Mapping[str, Any]) -> str:
+    """Returns what a table shows of a mean and a standard deviation."""
+    return f"{value['mean']:,.2f}" + ("" if value["std"] is None else f" ± {value['std']:,.2f}")
+
+
 def rows(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Returns a row for each set of runs that differ in the seed alone, under a name that tells the sets apart."""
     runs = [(RunFolder(folder).config().to_dict(), metrics(folder)) for folder in folders]
@@ -100,9 +105,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| search | seeds | CIFAR-10 | CIFAR-100 | ImageNet16-120 | skips | minutes |", "| --- " * 7 + "|"]
     for name, row in results.items():
-        cells = [
-            f"{row[c]['mean']:.2f}" + ("" if row[c]["std"] is None else f" ± {row[c]['std']:.2f}") for c in COLUMNS
-        ]
+        cells = [text(row[name]) for name in COLUMNS]
         skips = f"{row['skips']['mean']:.0%}" if "skips" in row else ""
         minutes = f"{row['minutes']:.1f}" if "minutes" in row else ""
         lines.append("| " + " | ".join([name, str(row["seeds"]), *cells, skips, minutes]) + " |")
