@@ -26,7 +26,7 @@ from fastnas.tabular import open_table
 COLUMNS = ("c10_test_e200", "c100_test_e200", "in16_test_e200")
 BASELINE = 1000  # architectures
 IGNORED = {"seed", "device", "threads", "table", "root"}
-CURVES = ("epoch", "valid_accuracy", "discrete/", "table/", "sampled/", "hessian/")
+CURVES = ("epoch", "valid_accuracy", "alpha_spread", "discrete/", "table/", "sampled/", "hessian/")
 
 
 def baselines(space_name: str, table_path: Path) -> dict[str, dict[str, Any]]:
