@@ -59,7 +59,7 @@ def rows(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     runs = [(RunFolder(folder).config().to_dict(), metrics(folder)) for folder in folders]
     sets: dict[str, list[tuple[dict[str, Any], list[dict[str, str]]]]] = {}
     for options, epochs in runs:
-        key = json.dumps({k: v for k, v in options.items() if k not in IGNORED}, sort_keys=True)
+        key = json.dumps(alike(options), sort_keys=True)
         sets.setdefault(key, []).append((options, epochs))
     keys = [json.loads(key) for key in sets]
     result = {}
@@ -78,10 +78,15 @@ def rows(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def alike(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that are the same in runs of one row."""
+    return {name: value for name, value in options.items() if name not in IGNORED}
+
+
 def curves(folders: Sequence[Path]) -> dict[str, list[dict[str, str]]]:
     """Returns what was measured after the epochs of each run, under its row's name and its seed."""
     runs = {folder: RunFolder(folder).config().to_dict() for folder in folders}
-    keys = [{k: v for k, v in options.items() if k not in IGNORED} for options in runs.values()]
+    keys = [alike(options) for options in runs.values()]
     return {
         f"{label(key, keys)}, seed {options['seed']}": [
             {name: value for name, value in row.items() if name.startswith(CURVES)} for row in metrics(folder)
