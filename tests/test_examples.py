@@ -21,13 +21,16 @@ def run(path, *arguments, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+OTHERS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "own_space"]
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: p.stem)
 def test_example(path, tmp_path):
     assert run(path, cwd=tmp_path)
 
 
 def test_own_space_leaves_a_run_folder(tmp_path):
-    out = run(ROOT / "examples" / "own_space.py", "--epochs", "1", "--out", "strokes", cwd=tmp_path)
+    out = run(ROOT / "examples" / "own_space.py", "--out", "strokes", cwd=tmp_path)
     files = {path.name for path in (tmp_path / "strokes").iterdir()}
     assert {"config.yaml", "metrics.csv", "genotype.txt", "cell.png", "alphas.png", "report.html"} <= files
     genotype = (tmp_path / "strokes" / "genotype.txt").read_text()

@@ -198,7 +198,8 @@ def test_pgd_raises_the_loss_and_nothing_else():
             chance.append(model._loss(x, target, "weight"))
     assert after > before
     assert after > max(chance)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    now = model.state_dict()
+    assert all(torch.equal(v, now[k]) for k, v in state.items())
     for p, g in zip(model.parameters(), gradients, strict=True):
         assert (p.grad is None) == (g is None)
         assert g is None or torch.equal(p.grad, g)

@@ -62,7 +62,7 @@ def _tensors(value):
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastnas.search.run", "sklearn.datasets"])
+    processes.set_forkserver_preload(["fastnas.search.run", "sklearn.datasets", "torch._dynamo"])
     moments = random.Random(0)
 
     def start(path):

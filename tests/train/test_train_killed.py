@@ -63,7 +63,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     x, y = digits.images[:96, 0].numpy(), digits.labels[:96].numpy()
     np.savez(tmp_path / "digits.npz", x_train=x[:64], y_train=y[:64], x_test=x[64:], y_test=y[64:])
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastnas.train", "torch.utils.tensorboard"])
+    processes.set_forkserver_preload(["fastnas.train", "torch.utils.tensorboard", "torch._dynamo"])
     moments = random.Random(0)
 
     def start(path):
