@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from fastnas.commands._common import Again, Parser
 
-HELP = "one page about a search"
+HELP = "one page about a search or a study"
 
 
 def parser(defaults: dict[str, Any] | None = None) -> Parser:
@@ -17,16 +17,18 @@ def parser(defaults: dict[str, Any] | None = None) -> Parser:
     report = Parser(
         prog="fastnas report",
         usage="fastnas report RUN",
-        description="Writes one HTML page about a search into its run folder, report.html: curves, cells, what was "
-        "measured and every option. It needs no network and no other file.",
+        description="Writes one HTML page about a search or a study into its folder, report.html: curves, cells, what "
+        "was measured and every option. It needs no network and no other file.",
     )
-    report.add_argument("run", metavar="RUN", help="The run folder.")
+    report.add_argument("run", metavar="RUN", help="The folder of the search or study.")
     return report
 
 
 def run(options: Namespace, again: Again) -> int:
     """Returns the exit status after the page was written."""
     from fastnas.report import write_page
+    from fastnas.report.study import write_study_page
 
-    print(write_page(Path(options.run)))
+    folder = Path(options.run)
+    print(write_study_page(folder) if (folder / "study.json").exists() else write_page(folder))
     return 0

@@ -122,7 +122,10 @@ _FINDING = (
     "(expectation; shaded: 5 to 95 %). Where the two lines meet, the ranking is worth nothing. Of the worst tenth, "
     "recall is the part that is among the last k; precision is the part of the last k that is of the worst tenth."
 )
-_POINTS = "Each point is an architecture: its accuracy with the shared weights, and its ground truth."
+_POINTS = (
+    "Each point is an architecture: its place by the accuracy with the shared weights, and by the ground truth; the "
+    "best is 1."
+)
 _STABILITY = "How far a snapshot orders the architectures as the one before it did."
 _SIZES = (
     "Spearman’s correlation of the supernet’s order with that by parameters and by multiply-adds. Dashed: that of the "
@@ -229,6 +232,8 @@ def _finding(study: _Study, draw: _Pictures) -> list[_Picture]:
 
 
 def _points(study: _Study) -> list[_Picture]:
+    from scipy.stats import rankdata
+
     table = _read_table(study.path / "subnets.csv")
     if not table:
         return []
@@ -242,13 +247,13 @@ def _points(study: _Study) -> list[_Picture]:
             name = f"epoch{epoch:g}_{bn}"
             rho = study.series("spearman", bn)[int(np.flatnonzero(epochs == epoch)[0])]
             figure = scatter_figure(
-                *(_numbers(table, name), _numbers(table, "truth")),
-                xlabel="accuracy with the shared weights",
-                ylabel=str(study.options.get("column", "ground truth")),
+                *(rankdata(-_numbers(table, name)), rankdata(-_numbers(table, "truth"))),
+                xlabel="place by the accuracy with the shared weights",
+                ylabel=f"place by {study.options.get('column', 'the ground truth')}",
                 title=f"Epoch {epoch:g}, bn {bn}",
                 subtitle=f"Spearman {rho:.3f}",
             )
-            alt = f"Accuracies with the shared weights against the ground truth, epoch {epoch:g}, bn {bn}."
+            alt = f"Places by the shared weights against those by the ground truth, epoch {epoch:g}, bn {bn}."
             pictures.append(_png(figure, alt))
     return pictures
 

@@ -249,7 +249,11 @@ def test_the_command(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "Spearman" in out
-    assert (tmp_path / "run" / "report.html").exists()
+    page = tmp_path / "run" / "report.html"
+    page.unlink()
+    assert main(["report", str(page.parent)]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.exists()
     assert main(["study", "compare", str(tmp_path / "run"), "--out", str(tmp_path / "both")]) == 0
     found = rows(tmp_path / "both" / "compare.csv")
     assert [row["bn"] for row in found] == ["batch", "batch+2"]
