@@ -12,14 +12,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.searches import spread, text
 from fastnas._files import read_table
 from fastnas.saliency.statistics import correlate
+from fastnas.study.statistics import bottom_k
 
 Rows = list[dict[str, str]]
 
 SAME = ("space", "column", "sample", "channels", "layers", "epochs", "batch_size", "train_portion", "images", "bn")
-SHOWN = ("supernet_mean", "spearman", "kendall", "top1", "top10", "bottom_recall", "stability", "agreement")
+SHOWN = (
+    "supernet_mean",
+    "spearman",
+    "kendall",
+    "top1",
+    "top10",
+    "bottom_recall",
+    "top_recall",
+    "stability",
+    "agreement",
+)
 PRUNED = (
     "count",
     "top10",
@@ -57,14 +70,20 @@ def figures(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def snapshot(rows: Sequence[Mapping[str, str]], subnets: Sequence[Rows]) -> dict[str, Any]:
-    """Returns what the supernets of all seeds say after an epoch, and how far they agree: Spearman's ρ of each two."""
+    """Returns what the supernets of all seeds say after an epoch.
+
+    ``top_recall`` is ``bottom_recall`` of the best tenth; ``agreement`` Spearman's ρ between each two seeds.
+    """
     epoch, bn = rows[0]["epoch"], rows[0]["bn"]
     accuracies = [[float(row[f"epoch{epoch}_{bn}"]) for row in table] for table in subnets]
+    truth = np.array([float(row["truth"]) for row in subnets[0]])
+    best = [bottom_k(-np.array(values), -truth).recall for values in accuracies]
     agreement = [correlate(a, b, resamples=0).spearman.value for a, b in itertools.combinations(accuracies, 2)]
     return {
         "epoch": int(epoch),
         "bn": bn,
         **{name: number(rows, name) for name in rows[0] if name not in KEYS},
+        "top_recall": spread(best),
         "agreement": spread(agreement) if agreement else None,
     }
 
