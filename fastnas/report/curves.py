@@ -120,7 +120,8 @@ def curves_svg(
     named: list[Line | Band] = [*lines, *bands]
     figure = Figure(figsize=_SIZE)
     keyed = sum(bool(entry.label) for entry in named)
-    lines_of_keys = 1 if keyed < 5 else -(-keyed // 3)
+    columns = _columns([entry.label for entry in named if entry.label])
+    lines_of_keys = -(-keyed // columns)
     axes = figure.add_axes((0.135, 0.15, 0.845, 0.78 - 0.06 * lines_of_keys if keyed > 1 else 0.8))
     axes.patch.set_visible(False)
     shaded = stages if len(stages) > 1 else ()
@@ -198,7 +199,7 @@ def curves_svg(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
             borderaxespad=0.2,
-            ncols=len(keys) if lines_of_keys == 1 else 3,
+            ncols=columns,
             frameon=False,
             fontsize=_TEXT if lines_of_keys == 1 else _TEXT - 2,
             labelcolor=INK,
@@ -209,6 +210,17 @@ def curves_svg(
         for text in legend.get_texts():
             text.set_parse_math(False)
     return _inline(figure, key)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Returns in how many columns a legend fits: all in one line, or fewer."""
+    widths = [
+        0.55 * len(label) + 3.5 for label in labels
+    ]  # of letters, and of what is drawn before them, in text sizes
+    width = _SIZE[0] * 72 / _TEXT
+    if len(labels) < 5 and sum(widths) <= width:
+        return max(1, len(labels))
+    return max(1, min(3, int(width / max(widths))))
 
 
 def _inline(figure: Figure, key: str) -> str:

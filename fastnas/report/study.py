@@ -393,6 +393,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
     if pruned:
         write_table(folder / "compare_pruning.csv", list(pruned[0]), pruned)
     x = np.unique([_number(str(row["epoch"])) for row in rows])
+    several = len({row["bn"] for row in rows}) > 1
     pictures = []
     for name, caption in (*_COMPARED.items(), _AGREEMENT):
         lines, bands = [], []
@@ -402,7 +403,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], folder: str | os
                 np.array([_number(str(found[e][f"{name}_{what}"])) if e in found else math.nan for e in x])
                 for what in ("mean", "std")
             )
-            title = f"{label}, {bn}" if label else str(bn)
+            title = ", ".join(str(part) for part in (label, bn if several or not label else "") if part)
             lines.append(Line(title, mean, _COLORS[n % 4], dashed=n >= 4))
             bands.append(Band("", mean - std, mean + std, _COLORS[n % 4]))
         pictures += draw(caption, x, lines, bands, percent=name in ("supernet_mean", "supernet_best", "bottom_recall"))
@@ -434,10 +435,16 @@ _SIDE = "Means over the seeds; shaded: one standard deviation to either side."
 
 
 def _groups(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
-    """Returns the studies by what tells them apart: the options, seed aside, that are not all the same."""
+    """Returns the studies by what tells them apart: options, seed aside, that are not all the same."""
     options = [{k: v for k, v in study.options.items() if k not in _ALIKE} for study in studies]
-    names = dict.fromkeys(name for o in options for name in o)
-    differs = [name for name in names if len({json.dumps(o.get(name)) for o in options}) > 1]
+
+    def told_apart(names: Sequence[str]) -> int:
+        return len({json.dumps([o.get(name) for name in names]) for o in options})
+
+    differs: list[str] = []  # as few as tell all apart
+    for name in dict.fromkeys(name for o in options for name in o):
+        if told_apart([*differs, name]) > told_apart(differs):
+            differs.append(name)
     groups: dict[str, list[_Study]] = {}
     for study, o in zip(studies, options, strict=True):
         label = ", ".join(f"{name} {_shown(o.get(name))}" for name in differs)

@@ -348,6 +348,14 @@ def test_curves_take_the_colours_of_the_page() -> None:
     assert not re.findall(r"d=\"[^\"]*\.\d\d\d", svg)
 
 
+@pytest.mark.parametrize(("length", "rows"), [(8, 1), (40, 3)])
+def test_legends_stay_inside_the_picture(length: int, rows: int) -> None:
+    labels = [letter * length for letter in "xyz"]
+    svg = curves_svg(EPOCHS, [Line(label, EPOCHS) for label in labels])
+    heights = [re.findall(rf' y="(.*?)"[^>]*>{label}<', svg) for label in labels]
+    assert len({y for (y,) in heights}) == rows
+
+
 def test_curves_leave_gaps_and_mark_single_points() -> None:
     values = np.array([np.nan, 2.0, np.nan, np.nan, 3.0, np.nan, np.nan, np.nan])
     svg = curves_svg(EPOCHS, [Line("a", values)], limit=2.5)

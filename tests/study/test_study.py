@@ -220,7 +220,7 @@ def test_pages(done: Path, tmp_path: Path) -> None:
         column = f"epoch{row['epoch']}_{row['bn']}"
         agreement = correlate(*([float(r[column]) for r in table] for table in (ranked, second)), resamples=0).spearman
         assert float(row["agreement_mean"]) == pytest.approx(agreement.value)
-    (other / "study.json").write_text(json.dumps({**options, "lr": 0.3}))
+    (other / "study.json").write_text(json.dumps({**options, "lr": 0.3, "clip": 1.0}))
     (other / "pruning.csv").write_bytes((done / "pruning.csv").read_bytes())
     text = write_comparison([done, other], both).read_text()
     assert "Pruned search spaces" in text
@@ -228,7 +228,7 @@ def test_pages(done: Path, tmp_path: Path) -> None:
     ours = rows(done / "pruning.csv")
     assert [row["top10_mean"] for row in pruned] == 2 * [row["top10"] for row in ours]
     found = rows(both / "compare.csv")
-    assert {(row["study"], row["seeds"]) for row in found} == {("lr 0.1", "1"), ("lr 0.3", "1")}
+    assert {(row["study"], row["seeds"]) for row in found} == {("lr 0.1", "1"), ("lr 0.3", "1")}, "lr tells them apart"
     assert {(row["spearman_std"], row["agreement_mean"]) for row in found} == {("", "")}, "of one seed"
     with pytest.raises(FileNotFoundError, match="holds no finished study"):
         write_study_page(tmp_path / "nothing")
