@@ -173,19 +173,18 @@ def build(library: Library = "emulated", sanitize: bool = False) -> Path:
 def build_cuda() -> Path:
     """Returns the path of fastnas._C with CUDA, built with nvcc for sm_80, sm_90 and PTX, warnings being errors.
 
-    The kernels are the same for every GPU, so one translation to PTX, that of sm_80, serves both.
     It also loads on a torch without CUDA. What ptxas says of each kernel lies beside the objects, in .log files.
     """
     top = re.search(r"TOP=(\S+)", _run([str(NVCC), "--dryrun", "-x", "cu", "/dev/null"]))
     assert top is not None
     home = Path(top[1]).resolve()
-    defines = ["-DFASTNAS_CUDA", "-DUSE_CUDA", "-DFASTNAS_CUDA_VERSION=test", "-DFASTNAS_CUDA_ARCHS=8.0+PTX;9.0"]
+    defines = ["-DFASTNAS_CUDA", "-DUSE_CUDA", "-DFASTNAS_CUDA_VERSION=test", "-DFASTNAS_CUDA_ARCHS=8.0;9.0+PTX"]
     host = [CXX, *_FLAGS, *defines, f"-isystem{home / 'include'}", "-O0", "-g0"]  # it is loaded, hardly run
     device = [
-        *(str(NVCC), "-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"),
+        *(str(NVCC), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"),
         *("-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Wno-unknown-pragmas"),
-        "-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90]",
-        *(f"-I{CSRC}", f"-isystem={TORCH / 'include'}", *defines),
+        *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)),
+        *("-gencode=arch=compute_90,code=compute_90", f"-I{CSRC}", f"-isystem={TORCH / 'include'}", *defines),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
     sources = [(p, host) for p in [*sorted(CSRC.glob("*.cpp")), *_cpu_sources()]]
