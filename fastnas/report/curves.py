@@ -214,9 +214,8 @@ def curves_svg(
 
 def _columns(labels: Sequence[str]) -> int:
     """Returns in how many columns a legend fits: all in one line, or fewer."""
-    widths = [
-        0.55 * len(label) + 3.5 for label in labels
-    ]  # of letters, and of what is drawn before them, in text sizes
+    # in sizes of the text: of the letters, and of what is drawn before them
+    widths = [0.55 * len(label) + 3.5 for label in labels]
     width = _SIZE[0] * 72 / _TEXT
     if len(labels) < 5 and sum(widths) <= width:
         return max(1, len(labels))
