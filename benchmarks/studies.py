@@ -53,6 +53,14 @@ def figures(folders: Sequence[Path]) -> dict[str, Any]:
     result |= {name: options[0][name] for name in SAME if all(o[name] == options[0][name] for o in options)}
     subnets, summaries = ([read_table(f / f"{name}.csv") for f in folders] for name in ("subnets", "summary"))
     result["snapshots"] = [snapshot(rows, subnets) for rows in zip(*summaries, strict=True)]
+    result["top10 of each"] = [float(rows[-1]["top10"]) for rows in summaries]
+    truth = sorted((float(row["truth"]) for row in subnets[0]), reverse=True)
+    result["truth"] = {
+        "best": truth[0],
+        "best hundredth from": truth[max(0, len(truth) // 100 - 1)],
+        "best tenth from": truth[max(0, len(truth) // 10 - 1)],
+        "with 10 %, chance": sum(value == 10 for value in truth),
+    }
     tables = [read_table(folder / "operators.csv") for folder in folders]
     groups = {row["group"] for row in tables[0]}
     ends = {min(groups, key=int): "best tenth", max(groups, key=int): "worst tenth"}
