@@ -30,6 +30,8 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <dlfcn.h>
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATOR_ASAN 1
 #define __shared__ static  // a global with red zones
@@ -111,13 +113,26 @@ inline void arrived(void* fake_stack, const void** stack, size_t* bytes) {
 #endif
 }
 
+// No frame is left for good by these jumps. AddressSanitizer's own longjmp, and what GCC puts before a call that cannot
+// return, clear what is known of a whole stack each time, which takes longer than the kernels: so this calls libc's,
+// and does not say that it never returns.
+inline void jump(jmp_buf& to) {
+#if EMULATOR_ASAN
+  static const auto longjmp =
+      reinterpret_cast<void (*)(jmp_buf, int)>(dlsym(dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD), "_longjmp"));
+  longjmp(to, 1);
+#else
+  _longjmp(to, 1);
+#endif
+}
+
 // Gives control back to the scheduler until the barrier opens.
 inline void wait(State barrier) {
   Fiber* me = self;
   me->state = barrier;
   if (_setjmp(me->resume) == 0) {
     leaving(&me->fake_stack, host_stack, host_stack_bytes);
-    _longjmp(scheduler, 1);
+    jump(scheduler);
   }
   arrived(me->fake_stack, &host_stack, &host_stack_bytes);
 }
@@ -139,7 +154,7 @@ __attribute__((noinline)) inline void run(Fiber& fiber) {
     return;
   }
   leaving(&fake_stack, fiber.stack, kStackBytes);
-  if (fiber.started) _longjmp(fiber.resume, 1);
+  if (fiber.started) jump(fiber.resume);
   fiber.started = true;
   setcontext(&fiber.entry);
 }
@@ -156,8 +171,13 @@ __attribute__((noinline)) inline void create(Fiber& fiber) {
 }
 
 inline void make_fibers(size_t threads) {
-  for (Fiber& fiber : fibers)
-    if (fiber.stack) munmap(fiber.stack, kStackBytes);
+  for (Fiber& fiber : fibers) {
+    if (!fiber.stack) continue;
+#if EMULATOR_ASAN
+    __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // frames may be on it
+#endif
+    munmap(fiber.stack, kStackBytes);
+  }
   fibers = std::vector<Fiber>(threads);
 }
 

@@ -41,8 +41,7 @@ _FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 _SANITIZE = [
-    "-O1",
-    "-ftree-vectorize",
+    "-O0",
     "-g1",
     "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined",
