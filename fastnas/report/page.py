@@ -286,7 +286,7 @@ def _sections(run: _Run, stages: Sequence[_StageRow], charts: _Charts) -> Iterat
     yield _Section("cells", "Cells", _cells(run), wide=True)
     yield _Section("curves", "Curves", _curves(run, charts))
     yield _skips(run, charts)
-    yield _Section("tables", "What a table says", _tables(run, charts), note=_TABLES)
+    yield _Section("tables", "What a table says", _tables(run, charts), note=_of_tables(run))
     yield _Section("hessian", "Curvature", _hessian(run, charts), note=_CURVATURE)
     yield _Section("weights", "How the weights moved", _moved(run), wide=True)
     yield _changes(run)
@@ -300,10 +300,6 @@ def _sections(run: _Run, stages: Sequence[_StageRow], charts: _Charts) -> Iterat
     yield _Section("numbers", "Numbers", heading=names, rows=rows, folded="metrics.csv, rounded to four digits")
 
 
-_TABLES = (
-    "What a table of trained architectures says of the derived one (the line), and of 100 that are drawn from the "
-    "relaxation: their mean (dashed) and one standard deviation to either side."
-)
 _CURVATURE = (
     "The Hessian is that of the validation loss with respect to the weights of the mixed operations, at the mean that "
     "α stands for; the network’s own weights are held fixed. Searches whose largest eigenvalue grows tend to end in "
@@ -383,6 +379,14 @@ def _skips(run: _Run, charts: _Charts) -> _Section:
     return _Section("skips", "Skip connections", pictures, note=note, warning=warning)
 
 
+def _of_tables(run: _Run) -> str:
+    note = "What a table of trained architectures says of the derived one"
+    if not any(name.startswith("sampled/") for name in run.columns):
+        return f"{note}."
+    drawn = f"{_option(run, 'samples')} that are drawn from the relaxation"
+    return f"{note} (the line), and of {drawn}: their mean (dashed) and one standard deviation to either side."
+
+
 def _tables(run: _Run, charts: _Charts) -> list[_Picture]:
     names = dict.fromkeys(
         name.partition("/")[2].removesuffix("_mean")
@@ -458,7 +462,7 @@ def _costs(run: _Run, stages: Sequence[_StageRow], charts: _Charts) -> _Section:
         *charts.draw("Seconds an epoch", [Line("seconds", run.numbers("seconds"), BLUE)]),
         *charts.draw("Peak memory, MiB", [Line("memory", run.numbers("peak_memory") / 2**20, PURPLE)]),
     ]
-    note = "" if _on_gpu(run) else "Memory is the largest that the process had held by then, so it never falls."
+    note = "" if _on_gpu(run) else "Memory is the largest that the process had held by then: it falls only on resuming."
     heading = ("Stage", "Epochs", "k", "Time", "An epoch", "Peak memory")
     return _Section("costs", "Time and memory", pictures, heading=heading, rows=rows, note=note)
 

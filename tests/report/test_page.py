@@ -181,7 +181,7 @@ def test_all_measures(tmp_path: Path) -> None:
             "hessian/norm": [""] * 6,
         }
     )
-    page = Page(write_page(run_folder(tmp_path, rows)))
+    page = Page(write_page(run_folder(tmp_path, rows, options={**OPTIONS, "samples": 20})))
     assert page.sections == [
         *("cells", "curves", "skips", "tables", "hessian", "changes", "costs", "options", "numbers"),
     ]
@@ -189,6 +189,7 @@ def test_all_measures(tmp_path: Path) -> None:
     said = "\n".join(page.said)
     assert "derived from 20.0% in epoch 2 to 25.0% in epoch 6" in said
     assert "cifar100, percent, over the epochs: derived from 60 in epoch 1 to 70 in epoch 6; drawn from 50" in said
+    assert "of 20 that are drawn from the relaxation" in page.text
     assert "Largest eigenvalue" in said
     assert "hessian/of_mine" in said
     assert "Norm," not in said  # a column, but no number
