@@ -43,10 +43,11 @@ def facts() -> dict[str, object]:
 
 
 def machine() -> str:
-    """Returns the machine's name in results: its GPU, or its CPU and how many cores of it."""
+    """Returns the machine's name in results: its GPU, or its CPU, how many cores of it and their vectors."""
     known = hardware()
     gpus = known["gpus"]
-    name = str(gpus[0]) if isinstance(gpus, list) and gpus else f"{known['processor']} {known['cores']} cores"
+    cpu = f"{known['processor']} {known['cores']} cores {torch.backends.cpu.get_cpu_capability()}"
+    name = str(gpus[0]) if isinstance(gpus, list) and gpus else cpu
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|cpu", "", name.lower())).strip("-")
 
 

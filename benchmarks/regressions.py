@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = ("processor", "cores", "gpus")
+MACHINE = ("processor", "cores", "gpus", "cpu_isa")
 
 Report = Mapping[str, Any]
 Key = tuple[str, str, str]  # group, device, variant
@@ -127,9 +127,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         chosen = predecessor(new, root)
         if chosen is None:
             gpus = "".join(f", {gpu}" for gpu in facts["gpus"])
+            machine = f"{facts['processor']}, {facts['cores']} cores, {facts['cpu_isa']}{gpus}"
             print(
-                f"Nothing is committed for this machine ({facts['processor']}, {facts['cores']} cores{gpus}): "
-                f"regressions cannot be seen. Commit {options.new} to compare with it from now on."
+                f"Nothing is committed for this machine ({machine}): regressions cannot "
+                f"be seen. Commit {options.new} to compare with it from now on."
             )
             return 0
         found = chosen

@@ -4,5 +4,5 @@ from fastnas._library import debug, release_memory, twice_differentiable, use_ba
 from fastnas.nn import MixedOp
 from fastnas.ops import mixed_sum
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["MixedOp", "__version__", "debug", "mixed_sum", "release_memory", "twice_differentiable", "use_backend"]

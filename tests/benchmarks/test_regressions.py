@@ -20,11 +20,12 @@ def report(
     *,
     version: str = "0.2.0",
     processor: str = "Some CPU",
+    isa: str = "avx2",
     quick: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """A result with (median, saved bytes) of each variant of each group."""
-    info = {"processor": processor, "cores": 2, "gpus": [], "fastnas": version, "torch": "2.13.0"}
+    info = {"processor": processor, "cores": 2, "gpus": [], "cpu_isa": isa, "fastnas": version, "torch": "2.13.0"}
     benchmarks = [
         {
             "group": group,
@@ -49,13 +50,14 @@ def write(path: Path, content: object) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository whose last commit has results of two versions and of two processors, and one of another kind."""
+    """A repository whose last commit has results of some versions and machines, and one of another kind."""
     root = tmp_path / "repository"
     results = root / "benchmarks" / "results"
     write(results / "0.1.0" / "some-cpu.json", report(edge(8.0), version="0.1.0"))
     write(results / "0.10.0" / "some-cpu.json", report(edge(16.0), version="0.10.0"))
     write(results / "0.9.0" / "some-cpu.json", report(edge(32.0), version="0.9.0"))
     write(results / "0.2.0" / "other-cpu.json", report(edge(64.0), processor="Other CPU"))
+    write(results / "0.12.0" / "some-cpu.json", report(edge(128.0), version="0.12.0", isa="avx512"))
     write(results / "0.2.0" / "scaling-some-cpu.json", {"machine_info": {}, "curves": []})
     git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "results"]):
