@@ -148,7 +148,7 @@ def test_nothing_committed_for_this_machine(
 ) -> None:
     new = write(tmp_path / "new.json", report(edge(8.0), processor="New CPU"))
     assert regressions.main([str(new)], repository) == 0
-    assert "Nothing is committed for this machine (New CPU, 2 cores)" in capsys.readouterr().out
+    assert "Nothing is committed for this machine (New CPU, 2 cores, avx2)" in capsys.readouterr().out
     assert regressions.main([str(new)], tmp_path) == 0  # not even a repository
     assert "Nothing is committed" in capsys.readouterr().out
 
