@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = ("processor", "cores", "gpus", "cpu_isa")
+MACHINE = ("processor", "cores", "threads", "gpus", "cpu_isa")
 
 Report = Mapping[str, Any]
 Key = tuple[str, str, str]  # group, device, variant
@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         chosen = predecessor(new, root)
         if chosen is None:
             gpus = "".join(f", {gpu}" for gpu in facts["gpus"])
-            machine = f"{facts['processor']}, {facts['cores']} cores, {facts['cpu_isa']}{gpus}"
+            machine = (
+                f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, {facts['cpu_isa']}{gpus}"
+            )
             print(
                 f"Nothing is committed for this machine ({machine}): regressions cannot "
                 f"be seen. Commit {options.new} to compare with it from now on."

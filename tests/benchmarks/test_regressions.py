@@ -20,12 +20,14 @@ def report(
     *,
     version: str = "0.2.0",
     processor: str = "Some CPU",
+    threads: int = 2,
     isa: str = "avx2",
     quick: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """A result with (median, saved bytes) of each variant of each group."""
-    info = {"processor": processor, "cores": 2, "gpus": [], "cpu_isa": isa, "fastnas": version, "torch": "2.13.0"}
+    info = {"processor": processor, "cores": 2, "threads": threads, "gpus": [], "cpu_isa": isa}
+    info |= {"fastnas": version, "torch": "2.13.0"}
     benchmarks = [
         {
             "group": group,
@@ -58,6 +60,7 @@ def repository(tmp_path: Path) -> Path:
     write(results / "0.9.0" / "some-cpu.json", report(edge(32.0), version="0.9.0"))
     write(results / "0.2.0" / "other-cpu.json", report(edge(64.0), processor="Other CPU"))
     write(results / "0.12.0" / "some-cpu.json", report(edge(128.0), version="0.12.0", isa="avx512"))
+    write(results / "0.13.0" / "some-cpu.json", report(edge(256.0), version="0.13.0", threads=1))
     write(results / "0.2.0" / "scaling-some-cpu.json", {"machine_info": {}, "curves": []})
     git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "results"]):
@@ -148,7 +151,7 @@ def test_nothing_committed_for_this_machine(
 ) -> None:
     new = write(tmp_path / "new.json", report(edge(8.0), processor="New CPU"))
     assert regressions.main([str(new)], repository) == 0
-    assert "Nothing is committed for this machine (New CPU, 2 cores, avx2)" in capsys.readouterr().out
+    assert "Nothing is committed for this machine (New CPU, 2 cores, 2 threads, avx2)" in capsys.readouterr().out
     assert regressions.main([str(new)], tmp_path) == 0  # not even a repository
     assert "Nothing is committed" in capsys.readouterr().out
 
