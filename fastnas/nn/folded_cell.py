@@ -96,7 +96,7 @@ class FoldedCell:
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or x.device.type != "cpu"
-            or 2 * len(x) < torch.get_num_threads()  # the op gives each image to one thread
+            or 2 * len(x) < torch.get_num_threads()  # an image is one thread's: half may be idle
             or x.dtype not in (torch.float32, torch.float64)
             or torch.is_autocast_enabled("cpu")
             or any(i.dim() != 4 or i.numel() == 0 or i.dtype != x.dtype for i in inputs)
